@@ -1,0 +1,1 @@
+"""How ranks find, hear and lose each other. Knows nothing of models, data or checkpoints."""

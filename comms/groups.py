@@ -1,0 +1,62 @@
+"""The process groups of a job, made once, by all ranks in the same order.
+
+One group per direction and neighbour pair (what NCCL needs to overlap, and what keeps gloo's messages apart), several per set of replicas (one
+TCP stream does not fill a long link), one for token ids, and the default group of all ranks for the step's one reduction.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from comms.place import Place
+
+NUM_REPLICA_GROUPS = {"gloo": 4, "nccl": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairGroups:
+    """The two directions between a stage and the next one."""
+
+    activations: dist.ProcessGroup
+    gradients: dist.ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The groups this rank is a member of. to_next/to_previous are None at the ends of the pipeline, replicas is empty without replicas."""
+
+    to_previous: PairGroups | None
+    to_next: PairGroups | None
+    replicas: tuple[dist.ProcessGroup, ...]
+    tokens: dist.ProcessGroup
+
+
+def join_process_group(place: Place, store: dist.Store, backend: str, timeout: timedelta) -> None:
+    """Make the default group of all ranks over ``store``. Called by all ranks; ends when all have come."""
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+
+
+def make_groups(place: Place, backend: str, timeout: timedelta) -> Groups:
+    """Make every group of the grid. Collective over all ranks: all call it, in the same order, also for groups they are not in."""
+
+    def new_group(ranks: list[int]) -> dist.ProcessGroup:
+        return dist.new_group(ranks, timeout=timeout, backend=backend)
+
+    to_previous = to_next = None
+    for dp in range(place.dp_size):
+        for pp in range(place.pp_size - 1):
+            first = dp * place.pp_size + pp
+            pair = PairGroups(activations=new_group([first, first + 1]), gradients=new_group([first, first + 1]))
+            if place.rank == first:
+                to_next = pair
+            if place.rank == first + 1:
+                to_previous = pair
+    replicas: tuple[dist.ProcessGroup, ...] = ()
+    if place.dp_size > 1:
+        for pp in range(place.pp_size):
+            ranks = place.at(pp).replica_ranks
+            made = tuple(new_group(ranks) for _ in range(NUM_REPLICA_GROUPS[backend]))
+            if place.pp == pp:
+                replicas = made
+    return Groups(to_previous=to_previous, to_next=to_next, replicas=replicas, tokens=new_group(list(range(place.world_size))))

@@ -1,0 +1,238 @@
+"""The hub: a small server in rank 0's process where all ranks meet, and that notices at once when one of them is gone.
+
+Every rank connects to it before any process group exists, says who it is and what it was started with, and keeps the connection for the whole job.
+So a wrong world size, a rank taken twice or different flags are named to everybody within a second (bare torch waits out its time-outs and names
+nobody); and since the kernel closes a dead process's connection whatever it was doing, a killed rank is known in milliseconds in any phase,
+without heartbeats that a busy interpreter could miss.
+
+Wire format: one JSON object per line, both ways; nothing else is ever parsed.
+
+    hub     -> rank   {"hub": PROTOCOL}                                  greeting
+    rank    -> hub    Hello                                              who I am
+    hub     -> rank   {"formed": {...}} | {"refused": text}              verdict, once all are there or something is wrong
+    rank    -> hub    {"failed": text} | {"done": true}                  at the end
+    hub     -> rank   {"lost": rank, "text": text}                       somebody is gone
+
+Left to others: the client side (lifeline.py), process groups (groups.py), frozen peers.
+"""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PROTOCOL = "geo-clm-trainer/1"
+HELLO_TIMEOUT_S = 10.0
+MAX_LINE_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """What a rank tells the hub. ``plan`` must be equal on all ranks; ``problem`` is a mistake found on this rank alone, else None."""
+
+    rank: int
+    world_size: int
+    host: str
+    host_id: str
+    pid: int
+    address: str
+    is_loopback: bool
+    plan: dict[str, Any]
+    problem: str | None = None
+
+    @property
+    def in_words(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+    @classmethod
+    def from_json(cls, line: bytes) -> "Hello":
+        """Raises ValueError, KeyError or TypeError for anything that is not a Hello."""
+        fields = json.loads(line)
+        hello = cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+        if not (isinstance(hello.rank, int) and isinstance(hello.world_size, int) and isinstance(hello.plan, dict)):
+            raise TypeError("rank and world_size are numbers, plan an object")
+        return hello
+
+
+@dataclass
+class _Member:
+    hello: Hello
+    writer: asyncio.StreamWriter
+    is_done: bool = False
+
+
+@dataclass
+class _Verdict:
+    formed: dict[str, Any] | None = None
+    refused: str | None = None
+    members: dict[int, _Member] = field(default_factory=dict)
+
+
+class Hub:
+    """The server. Runs on a thread of rank 0's process from construction to close().
+
+    listener: a bound, listening socket that becomes the hub's. formed: what every rank is told with the roster (the store's address).
+    describe: rank -> words such as "rank 3 (stage 1 of 2, replica 1 of 2)". problem: a mistake that rank 0 found on its own; the hub then only tells it
+    to everybody who comes.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        *,
+        world_size: int,
+        deadline_s: float,
+        formed: Mapping[str, Any],
+        describe: Callable[[int], str],
+        problem: str | None = None,
+    ) -> None:
+        self._world_size, self._deadline_s, self._formed, self._describe = world_size, deadline_s, formed, describe
+        self._verdict = _Verdict(refused=problem)
+        self._num_told = 0
+        self._all_told, self._all_done = threading.Event(), threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, args=(listener,), name="hub", daemon=True)
+        self._thread.start()
+
+    def wait_until_told(self, num_ranks: int, timeout_s: float) -> None:
+        """Block until ``num_ranks`` ranks have heard the refusal, at most ``timeout_s``."""
+        if self._num_told < num_ranks:
+            self._all_told.wait(timeout_s)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the server once all members have said they are done (they must not take its end for a death), at most ``timeout_s`` later."""
+        if self._verdict.formed is not None:
+            self._all_done.wait(timeout_s)
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(timeout_s)
+
+    def _run(self, listener: socket.socket) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve(listener))
+
+    async def _serve(self, listener: socket.socket) -> None:
+        server = await asyncio.start_server(self._serve_one, sock=listener, limit=MAX_LINE_BYTES, backlog=512)
+        deadline = asyncio.create_task(self._refuse_at_deadline())
+        await self._stop.wait()
+        deadline.cancel()
+        server.close()
+
+    async def _refuse_at_deadline(self) -> None:
+        await asyncio.sleep(self._deadline_s)
+        if self._verdict.formed is None and self._verdict.refused is None:
+            missing = [self._describe(rank) for rank in range(self._world_size) if rank not in self._verdict.members]
+            self._refuse(
+                f"all {self._world_size} ranks must arrive within {self._deadline_s:.0f} s (--rendezvous-timeout); missing: {', '.join(missing)}. "
+                "Start them with the same --dist-url, or see what stopped them"
+            )
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        member = None
+        try:
+            _send(writer, {"hub": PROTOCOL})
+            hello = Hello.from_json(await asyncio.wait_for(reader.readline(), HELLO_TIMEOUT_S))
+            member = self._admit(hello, writer)
+            if member is not None:
+                await self._listen(member, reader)
+        except (ValueError, KeyError, TypeError, OSError, asyncio.TimeoutError):
+            pass  # a stranger, or one of ours that died: _gone tells them apart
+        finally:
+            if member is not None:
+                self._gone(member)
+            writer.close()
+
+    def _admit(self, hello: Hello, writer: asyncio.StreamWriter) -> _Member | None:
+        verdict = self._verdict
+        if verdict.formed is not None:
+            _send(writer, {"refused": f"this --dist-url belongs to a job that is already running with all its ranks; {hello.in_words} is one too many. "
+                           "Choose another port for another job"})
+            return None
+        if verdict.refused is None:
+            problem = self._problem_with(hello)
+            if problem is None:
+                member = verdict.members[hello.rank] = _Member(hello, writer)
+                self._form_if_complete()
+                return member
+            self._refuse(problem)
+        _send(writer, {"refused": verdict.refused})
+        self._count_told()
+        return None
+
+    def _problem_with(self, hello: Hello) -> str | None:
+        members = self._verdict.members
+        if hello.problem is not None:
+            return f"{hello.in_words}: {hello.problem}"
+        if hello.world_size != self._world_size:
+            return f"all ranks must agree on --world-size; {hello.in_words} was started with {hello.world_size}, rank 0 with {self._world_size}"
+        if not 0 <= hello.rank < self._world_size:
+            return f"--rank must be 0 .. {self._world_size - 1}; {hello.in_words} is outside"
+        if hello.rank in members:
+            first = members[hello.rank].hello
+            return f"every process needs its own --rank; rank {hello.rank} is taken twice: by pid {first.pid} on {first.host} and pid {hello.pid} on {hello.host}"
+        for other in members.values():
+            differing = sorted(k for k in {*hello.plan, *other.hello.plan} if hello.plan.get(k) != other.hello.plan.get(k))
+            if differing:
+                seen = "; ".join(f"{k}: {other.hello.plan.get(k)!r} and {hello.plan.get(k)!r}" for k in differing)
+                return f"all ranks must be started alike; {other.hello.in_words} and {hello.in_words} differ in {seen}"
+            if (hello.is_loopback or other.hello.is_loopback) and hello.host_id != other.hello.host_id:
+                return (f"ranks on several hosts cannot meet over a loopback interface; {other.hello.in_words} uses {other.hello.address}, "
+                        f"{hello.in_words} uses {hello.address}. Pass --net-interface with one that connects the hosts")
+        return None
+
+    def _form_if_complete(self) -> None:
+        members = self._verdict.members
+        if len(members) < self._world_size:
+            return
+        roster = [asdict(members[rank].hello) for rank in range(self._world_size)]
+        for entry in roster:
+            del entry["plan"]
+        self._verdict.formed = {**self._formed, "roster": roster}
+        for member in members.values():
+            _send(member.writer, {"formed": self._verdict.formed})
+
+    def _refuse(self, text: str) -> None:
+        self._verdict.refused = text
+        for member in self._verdict.members.values():
+            _send(member.writer, {"refused": text})
+            self._count_told()
+
+    def _count_told(self) -> None:
+        self._num_told += 1
+        if self._num_told >= self._world_size - 1:
+            self._all_told.set()
+
+    async def _listen(self, member: _Member, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            message = json.loads(line)
+            if message.get("done"):
+                member.is_done = True
+                if all(m.is_done for m in self._verdict.members.values()):
+                    self._all_done.set()
+            elif "failed" in message:
+                member.is_done = True
+                self._tell_others(member, f"{self._describe(member.hello.rank)} on host {member.hello.host} stopped: {message['failed']}")
+
+    def _gone(self, member: _Member) -> None:
+        if member.is_done or self._verdict.refused is not None:
+            return
+        rank, hello = member.hello.rank, member.hello
+        if self._verdict.formed is None:
+            self._refuse(f"{hello.in_words} went away while the ranks were meeting")
+            return
+        member.is_done = True
+        self._tell_others(member, f"{self._describe(rank)} is gone: process {hello.pid} on host {hello.host} ended without a word")
+
+    def _tell_others(self, source: _Member, text: str) -> None:
+        for rank, member in sorted(self._verdict.members.items(), reverse=True):  # rank 0, whose process holds this thread, last
+            if member is not source and rank != source.hello.rank:
+                _send(member.writer, {"lost": source.hello.rank, "text": text})
+
+
+def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
+    """Small enough for the socket's buffer: asyncio hands it to the kernel at once."""
+    writer.write(json.dumps(message).encode() + b"\n")

@@ -1,0 +1,1 @@
+"""Replicas of a pipeline: their gradients are summed while the backward still runs."""

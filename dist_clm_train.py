@@ -1,0 +1,60 @@
+"""Fine-tune a causal language model, cut into pipeline stages and replicated. Start one process per device.
+
+    python dist_clm_train.py --model-name FOLDER --task-name data.jsonl --checkpoint-path OUT --total-steps 100 \
+        --pipeline-group-size 2 --world-size 2 --dist-url tcp://127.0.0.1:9000 --rank 0     (and the same with --rank 1)
+    torchrun --nproc-per-node 2 dist_clm_train.py --pipeline-group-size 2 ...
+
+All flags: ``--help`` or docs/flags.md. Exit status: 0 trained or nothing to do, 1 the job failed, 2 the command line is wrong, 130 interrupted.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from comms.links import PeerLost
+from comms.place import place_of
+from training.config import parse_config
+from training.job import EXIT_FAILED, meet
+from training.loop import train
+from training.report import set_up_logging
+from user_error import UserError
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank. Returns the exit status; says on stderr, in one message, what went wrong."""
+    try:
+        config = parse_config(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        assert config.rank is not None and config.data_group_size is not None, "parse_config filled these in"
+        set_up_logging(f"rank{config.rank}")
+        with meet(config) as job:
+            set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
+            train(job, config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except PeerLost as error:
+        print(f"error: {error}. Start the job again with the same command: it resumes from its newest checkpoint", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted; the newest checkpoint is what a restart resumes from", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:  # a defect of ours or of a library: shown whole, and the process still ends at once
+        traceback.print_exc()
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # not sys.exit: threads of a broken process group can keep a failed process alive for half an hour

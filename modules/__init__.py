@@ -1,0 +1,1 @@
+"""The models: plain nn.Modules with Hugging Face parameter names that know nothing of ranks."""

@@ -1,0 +1,133 @@
+"""GPT-J (Wang & Komatsuzaki 2021): configuration and blocks under their Hugging Face parameter names.
+
+Own blocks, because the blocks of transformers change their signature between releases and have no fused attention for GPT-J; the classes of
+transformers are the oracle in tests. A block is one residual: x + attention(ln_1(x)) + mlp(ln_1(x)).
+
+Legend: B sequences of a micro-batch, T tokens, C width, H heads, D head width, V vocabulary rows.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.lm_ops import Segments, packed_causal_attention, rotate_interleaved
+from user_error import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTJConfig:
+    """What of a Hugging Face ``config.json`` decides the shape and the arithmetic of a GPT-J."""
+
+    vocab_size: int
+    num_positions: int
+    width: int
+    num_layers: int
+    num_heads: int
+    inner_width: int
+    rotary_dim: int
+    layer_norm_epsilon: float
+    initializer_range: float
+
+    model_type = "gptj"
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "GPTJConfig":
+        """Read a Hugging Face GPT-J ``config.json``. Raises UserError for what this implementation would compute differently."""
+        if config.get("model_type") != "gptj":
+            raise UserError(f"--model-type gptj needs a model whose config.json says model_type gptj; this one says {config.get('model_type')!r}")
+        missing = [key for key in ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim") if not isinstance(config.get(key), int)]
+        if missing:
+            raise UserError(f"config.json of a GPT-J must give {', '.join(missing)} as whole numbers; fetch the file again from its source")
+        width, num_heads, rotary_dim = config["n_embd"], config["n_head"], config["rotary_dim"]
+        rules = [
+            (config.get("activation_function", "gelu_new") == "gelu_new", f"activation_function {config.get('activation_function')!r} (only gelu_new)"),
+            (not config.get("tie_word_embeddings", False), "tie_word_embeddings true (the head must have its own weight)"),
+            (width % num_heads == 0, f"n_embd {width} that n_head {num_heads} does not divide"),
+            (0 < rotary_dim <= width // max(num_heads, 1) and rotary_dim % 2 == 0, f"rotary_dim {rotary_dim} (even, 2 .. n_embd/n_head)"),
+            (config["n_layer"] >= 1, f"n_layer {config['n_layer']} (at least 1)"),
+        ]
+        broken = [text for holds, text in rules if not holds]
+        if broken:
+            raise UserError("config.json holds what this trainer does not compute: " + "; ".join(broken))
+        return cls(
+            vocab_size=config["vocab_size"],
+            num_positions=config.get("n_positions", 2048),
+            width=width,
+            num_layers=config["n_layer"],
+            num_heads=num_heads,
+            inner_width=config.get("n_inner") or 4 * width,
+            rotary_dim=rotary_dim,
+            layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+            initializer_range=config.get("initializer_range", 0.02),
+        )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
+
+
+class GPTJAttention(nn.Module):
+    """Causal self-attention with rotary positions on the first rotary_dim channels of every head; four linears without bias."""
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_width = config.num_heads, config.head_width
+        self.q_proj = nn.Linear(config.width, config.width, bias=False)
+        self.k_proj = nn.Linear(config.width, config.width, bias=False)
+        self.v_proj = nn.Linear(config.width, config.width, bias=False)
+        self.out_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, segments: Segments, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, T, C); rotary = cos, sin, each (B, T, 1, rotary_dim/2). Returns (B, T, C)."""
+        batch, tokens, _ = x.shape
+        heads = (batch, tokens, self.num_heads, self.head_width)
+        q = rotate_interleaved(self.q_proj(x).view(heads), *rotary).transpose(1, 2)  # (B, H, T, D)
+        k = rotate_interleaved(self.k_proj(x).view(heads), *rotary).transpose(1, 2)  # (B, H, T, D)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
+        y = packed_causal_attention(q, k, v, segments).transpose(1, 2).flatten(2)  # (B, T, C)
+        return self.out_proj(y)
+
+
+class GPTJMLP(nn.Module):
+    """fc_out(gelu(fc_in(x))) with the tanh approximation of gelu (``gelu_new``)."""
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__()
+        self.fc_in = nn.Linear(config.width, config.inner_width)
+        self.fc_out = nn.Linear(config.inner_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C). Returns (B, T, C)."""
+        return self.fc_out(F.gelu(self.fc_in(x), approximate="tanh"))
+
+
+class GPTJBlock(nn.Module):
+    """One layer: the attention and the MLP read the same normalised input and both add to the residual."""
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, eps=config.layer_norm_epsilon)
+        self.attn = GPTJAttention(config)
+        self.mlp = GPTJMLP(config)
+
+    def forward(self, x: Tensor, segments: Segments, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, T, C); rotary = cos, sin, each (B, T, 1, rotary_dim/2). Returns (B, T, C)."""
+        h = self.ln_1(x)
+        return self.attn(h, segments, rotary) + self.mlp(h) + x
+
+
+def is_legacy_buffer(name: str) -> bool:
+    """True for the causal masks that old GPT-J files carry as tensors: dropped on read, never written."""
+    return name.startswith("transformer.h.") and name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def initial_std(name: str, config: GPTJConfig) -> float:
+    """Standard deviation of a freshly drawn weight, as in transformers' GPTJPreTrainedModel; 0 for biases. LayerNorm weights are 1."""
+    if name.endswith(".bias"):
+        return 0.0
+    assert math.isfinite(config.initializer_range), "initializer_range is read as a number"
+    return config.initializer_range

@@ -1,0 +1,1 @@
+"""The update: learning-rate curves, the optimizer, and the one number all ranks decide by."""

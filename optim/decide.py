@@ -1,0 +1,62 @@
+"""One reduction per optimizer step, from which every rank decides alike: skip, clip, log, stop.
+
+The vector has an entry per layer for its squared gradient norm (filled only by the rank of replica 0 that owns the layer) and one per replica for its
+loss (filled by its last stage). Adding zeros is exact, and every rank then sums the entries in the same order, so the clip factor has the same
+bits for any cut of the model.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from comms.links import naming_the_peer
+from comms.place import Place
+
+NORM_CHUNK_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDecision:
+    """Equal to the last bit on all ranks. loss: mean over the target tokens of the global batch, before the update."""
+
+    loss: float
+    grad_norm: float
+    clip_factor: float
+
+    @property
+    def skip(self) -> bool:
+        """A step whose loss or gradient is not finite changes nothing."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+
+
+def layer_square(flat_gradients: Iterable[Tensor]) -> float:
+    """Sum of squares of a layer's gradient, accumulated in float64 over chunks of NORM_CHUNK_ELEMENTS in order."""
+    squares = [torch.dot(wide, wide) for flat in flat_gradients for wide in map(Tensor.double, flat.split(NORM_CHUNK_ELEMENTS))]
+    return sum(torch.stack(squares).tolist())
+
+
+def decide_step(
+    *, place: Place, layers: list[str], squares: Mapping[str, float], loss: float, clip_grad_norm: float, device: torch.device
+) -> StepDecision:
+    """Collective over all ranks. ``layers``: all layer keys of the model in order; ``squares``: of this rank's layers, after the sum over replicas;
+    ``loss``: this replica's share on its last stage, else 0. clip_grad_norm 0 does not clip.
+    """
+    votes = torch.zeros(len(layers) + place.dp_size, dtype=torch.float64)
+    if place.dp == 0:
+        for index, key in enumerate(layers):
+            votes[index] = squares.get(key, 0.0)
+    if place.is_last_stage:
+        votes[len(layers) + place.dp] = loss
+    on_wire = votes if dist.get_backend() == "gloo" else votes.to(device)
+    with naming_the_peer("agreeing on the step with the other ranks"):
+        dist.all_reduce(on_wire)
+    entries = on_wire.tolist()
+    grad_norm = math.sqrt(sum(entries[: len(layers)]))
+    clip_factor = 1.0
+    if clip_grad_norm > 0 and grad_norm > clip_grad_norm:
+        clip_factor = clip_grad_norm / grad_norm
+    return StepDecision(loss=sum(entries[len(layers) :]), grad_norm=grad_norm, clip_factor=clip_factor)

@@ -1,0 +1,102 @@
+"""Plays a schedule on one stage: takes what the neighbours send, computes, sends on.
+
+One path for first, middle and last stage: a missing neighbour is a missing link. Promises: gradients of the step are ADDED to ``.grad`` in
+micro-batch order; everything put has left when ``run`` returns. Left to others: dividing by the global target count (it comes in as ``scale``),
+replicas (data_parallel/), the optimizer.
+
+Legend: B sequences of a micro-batch, T tokens, C width, M micro-batches.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from comms.links import Link
+from comms.spans import Spans
+from modules.lm_ops import Segments, next_token_targets
+from modules.stage import Stage
+from pipeline_parallel.schedule import Action
+
+
+class MicroBatch(NamedTuple):
+    """token_ids (B, T) int64 and the documents in them; on the device of the stage."""
+
+    token_ids: Tensor
+    segments: Segments
+
+
+class PipelineEngine:
+    """One stage of one pipeline and its links."""
+
+    def __init__(self, *, stage: Stage, previous: Link | None, following: Link | None, spans: Spans) -> None:
+        assert stage.has_embeddings == (previous is None), "the first stage, and only it, has the embeddings"
+        assert stage.has_head == (following is None), "the last stage, and only it, has the head"
+        self._stage, self._previous, self._following, self._spans = stage, previous, following, spans
+        self._in_flight: dict[int, tuple[Tensor, Tensor]] = {}  # micro-batch -> input, output of this stage
+
+    def run(
+        self,
+        actions: Sequence[Action],
+        micro_batches: Sequence[MicroBatch],
+        *,
+        scale: float,
+        before_last_backward: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """One accumulation step: all forwards and backwards of ``micro_batches``, on all stages of the pipeline at once.
+
+        Returns on the last stage the SUM of ``scale`` * loss over the step's targets (float64 scalar), elsewhere 0. ``before_last_backward`` is
+        called right before the backward after which no gradient of this step changes any more. Raises PeerLost.
+        """
+        loss = torch.zeros((), dtype=torch.float64, device=next(self._stage.parameters()).device)
+        for link in (self._previous, self._following):
+            if link is not None:
+                link.post(len(micro_batches))
+        last_backward = max(index for index, action in enumerate(actions) if action.kind == "B")
+        for index, (kind, i) in enumerate(actions):
+            if kind == "F":
+                self._forward(i, micro_batches[i])
+            else:
+                if index == last_backward and before_last_backward is not None:
+                    before_last_backward()
+                loss += self._backward(i, micro_batches[i], scale)
+        with self._spans.span("waiting for sends"):
+            for link in (self._previous, self._following):
+                if link is not None:
+                    link.flush()
+        return loss
+
+    def _forward(self, i: int, micro_batch: MicroBatch) -> None:
+        x = micro_batch.token_ids  # (B, T)
+        if self._previous is not None:
+            with self._spans.span("receiving activations", i):
+                x = self._previous.take(i).requires_grad_()  # (B, T, C)
+        with self._spans.span("forward", i):
+            y = self._stage(x, micro_batch.segments)  # (B, T, C)
+        if self._following is not None:
+            with self._spans.span("sending activations", i):
+                self._following.put(i, y)
+        self._in_flight[i] = (x, y)
+
+    def _backward(self, i: int, micro_batch: MicroBatch, scale: float) -> Tensor | float:
+        """The head and the loss run here, not in the forward: their logits and gradients then never wait for their turn."""
+        x, y = self._in_flight.pop(i)
+        loss: Tensor | float = 0.0
+        if self._following is None:
+            with self._spans.span("loss", i):
+                targets = next_token_targets(micro_batch.token_ids, micro_batch.segments.positions)  # (B, T)
+                loss = self._stage.loss_sum(y, targets, scale)
+            with self._spans.span("backward", i):
+                loss.backward()
+            loss = loss.detach()
+        else:
+            with self._spans.span("receiving gradients", i):
+                grad = self._following.take(i)  # (B, T, C)
+            with self._spans.span("backward", i):
+                y.backward(grad)
+        if self._previous is not None:
+            assert x.grad is not None, "the stage's input takes part in its output"
+            with self._spans.span("sending gradients", i):
+                self._previous.put(i, x.grad)
+        return loss

@@ -1,0 +1,1 @@
+"""Where the rooms meet: flags, the job, the loop, the report."""

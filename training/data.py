@@ -1,0 +1,94 @@
+"""From --tokenizer-name and --task-name to the reader of tokens, on rank 0, and what of them a resume must find unchanged."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint.model_folder import resolve_model_folder
+from tasks.mixture import Mixture, TaskSpec, parse_task_list
+from tasks.prefetch import StepReader
+from training.config import Config
+from user_error import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """A tokenizer as the packing needs it: text as it stands to ids, and the id that ends a document."""
+
+    encode: Callable[[str], list[int]]
+    eos_token_id: int
+    fingerprint: str
+    folder: Path
+
+
+def load_text_encoder(config: Config, model_folder: Path, num_rows: int) -> TextEncoder:
+    """The tokenizer of --tokenizer-name, else of the model. Raises UserError: none there, no EOS, or more ids than the model has rows."""
+    from transformers import AutoTokenizer  # at the point of use: half of a rank's start-up time, and only rank 0 tokenises
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one document at a time on the reader's thread
+    folder = resolve_model_folder(config.tokenizer_name) if config.tokenizer_name is not None else model_folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what transformers raises for an absent or broken tokenizer
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the folder {folder} must hold a tokenizer that transformers can load ({reason}). Name one with --tokenizer-name") from error
+    num_ids = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+    if num_ids > num_rows:
+        raise UserError(f"the tokenizer must not have more ids than the model has rows; {folder} has {num_ids}, the model {num_rows}. Use the model's own tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"every document ends with EOS, and the tokenizer in {folder} has no eos_token. Add it to its tokenizer_config.json")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+        fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        return TextEncoder(
+            encode=lambda text: list(backend.encode(text, add_special_tokens=False).ids), eos_token_id=tokenizer.eos_token_id, fingerprint=fingerprint, folder=folder
+        )
+    fingerprint = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return TextEncoder(
+        encode=lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), eos_token_id=tokenizer.eos_token_id, fingerprint=fingerprint, folder=folder
+    )
+
+
+def data_identity(config: Config, encoder: TextEncoder) -> dict[str, Any]:
+    """What decides which tokens step n sees, by the name to tell the user. Files may move: their sizes are checked with the data position."""
+    assert config.task_name is not None and config.data_group_size is not None, "parse_config requires them on rank 0"
+    return {
+        "--task-name": [[Path(task.path).name, task.weight] for task in parse_task_list(config.task_name)],
+        "--seed": config.seed,
+        "--seq-length": config.seq_length,
+        "--on-bad-record": config.on_bad_record,
+        "tokenizer": encoder.fingerprint,
+        "--gradient-accumulate-step": config.gradient_accumulate_step,
+        "global batch (--batch-size x replicas x --gradient-accumulate-step)": sequences_per_step(config),
+    }
+
+
+def sequences_per_step(config: Config) -> int:
+    """Sequences of one optimizer step over all replicas and accumulation steps."""
+    assert config.data_group_size is not None, "parse_config filled it in"
+    return config.batch_size * config.data_group_size * config.gradient_accumulate_step
+
+
+def open_mixture(config: Config, encoder: TextEncoder, state: dict[str, Any] | None) -> Mixture:
+    """The mixture of --task-name, at ``state`` or at its beginning. Raises UserError for bad lists, files and records."""
+    assert config.task_name is not None, "parse_config requires it on rank 0"
+    tasks: tuple[TaskSpec, ...] = parse_task_list(config.task_name)
+    return Mixture(
+        tasks=tasks,
+        tokenize=encoder.encode,
+        eos_token_id=encoder.eos_token_id,
+        seq_length=config.seq_length,
+        seed=config.seed,
+        on_bad_record=config.on_bad_record,
+        state=state,
+    )
+
+
+def start_reader(config: Config, mixture: Mixture) -> StepReader:
+    """The background worker that tokenises ahead of the training."""
+    return StepReader(mixture, sequences_per_step=sequences_per_step(config))

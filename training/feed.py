@@ -1,0 +1,121 @@
+"""Token ids on their way from the one reader to every rank, one optimizer step ahead.
+
+Rank 0 alone reads data, so files are needed on one host and the order of sequences does not depend on the grid. While step n computes, the ids of step
+n + 1 travel (16 KB per 2048 tokens), to every stage: the first needs ids, the last targets, all of them where documents begin.
+
+Sequence i of an optimizer step belongs to accumulation step i // (R*N), replica (i // N) % R, place i % N in that replica's batch.
+
+Legend: A accumulation steps, R replicas, N sequences of a replica's batch, T tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from comms.links import naming_the_peer
+from comms.place import Place
+from tasks.prefetch import StepReader
+from user_error import UserError
+
+HEADER_INTS = 1  # number of targets of the global step; 0: the data ends here
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFeed:
+    """One replica's share of an optimizer step. num_targets counts the whole global batch; state and data_wait_s are rank 0's."""
+
+    tokens: Tensor  # (A, N, 2, T) int32 on the CPU; [:, :, 0] ids, [:, :, 1] positions
+    num_targets: int
+    state: dict[str, Any] | None
+    data_wait_s: float
+
+
+class TokenFeed:
+    """Call order: start(), then next() once per step, on all ranks alike."""
+
+    def __init__(
+        self,
+        *,
+        place: Place,
+        group: dist.ProcessGroup,
+        reader: StepReader | None,
+        shape: tuple[int, int, int],
+        num_steps: int,
+        device: torch.device,
+    ) -> None:
+        """shape: (A, N, T). num_steps: optimizer steps still to come. reader: on rank 0."""
+        assert (reader is not None) == (place.rank == 0), "rank 0, and only it, reads"
+        self._place, self._group, self._reader, self._shape = place, group, reader, shape
+        self._steps_to_send = num_steps
+        self._wire_device = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+        self._num_ints = HEADER_INTS + shape[0] * shape[1] * 2 * shape[2]
+        self._coming: Callable[[], StepFeed] | None = None
+        self.error: UserError | None = None  # on rank 0: why the data ended
+
+    def start(self) -> None:
+        """Send the first step on its way."""
+        self._coming = self._send() if self._reader is not None else self._receive()
+
+    def next(self) -> StepFeed | None:
+        """The step that is due; the one after it is sent meanwhile. None, on all ranks, if the data cannot go on (``error`` on rank 0 says why)."""
+        assert self._coming is not None, "start() comes first"
+        due = self._coming()
+        if due.num_targets == 0:
+            self._coming = None
+            return None
+        if self._steps_to_send > 0:
+            self.start()
+        return due
+
+    def _send(self) -> Callable[[], StepFeed]:
+        assert self._reader is not None, "only rank 0 sends"
+        self._steps_to_send -= 1
+        a, n, t = self._shape
+        try:
+            step = self._reader.next()
+            tokens, num_targets, state, wait = step.tokens, step.num_targets, step.state, step.data_wait_s
+            if num_targets == 0:
+                raise UserError("an optimizer step needs at least one target token; all documents of this one are a single token long. Give longer texts")
+        except UserError as error:
+            self.error = error
+            tokens, num_targets, state, wait = np.zeros((a * self._place.dp_size * n, 2, t), np.int32), 0, None, 0.0
+        by_replica = torch.from_numpy(tokens).view(a, self._place.dp_size, n, 2, t)
+        sends = []
+        for rank in range(1, self._place.world_size):
+            message = torch.empty(self._num_ints, dtype=torch.int32)
+            message[0] = num_targets
+            message[HEADER_INTS:] = by_replica[:, self._place.at(rank).dp].reshape(-1)
+            message = message.to(self._wire_device)
+            with naming_the_peer(f"sending tokens to rank {rank}"):
+                sends.append((dist.isend(message, dst=rank, group=self._group), message))
+        own = StepFeed(tokens=by_replica[:, 0].contiguous(), num_targets=num_targets, state=state, data_wait_s=wait)
+
+        def wait_until_sent() -> StepFeed:
+            with naming_the_peer("sending tokens to the other ranks"):
+                for work, _ in sends:
+                    assert work is not None, "all ranks are members of the token group"
+                    work.wait()
+            return own
+
+        return wait_until_sent
+
+    def _receive(self) -> Callable[[], StepFeed]:
+        self._steps_to_send -= 1
+        message = torch.empty(self._num_ints, dtype=torch.int32, device=self._wire_device)
+        with naming_the_peer("asking rank 0 for tokens"):
+            work = dist.irecv(message, src=0, group=self._group)
+        a, n, t = self._shape
+
+        def wait_until_here() -> StepFeed:
+            assert work is not None, "all ranks are members of the token group"
+            with naming_the_peer("waiting for tokens from rank 0"):
+                work.wait()
+            here = message.cpu()
+            return StepFeed(tokens=here[HEADER_INTS:].view(a, n, 2, t), num_targets=int(here[0]), state=None, data_wait_s=0.0)
+
+        return wait_until_here

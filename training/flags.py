@@ -1,0 +1,122 @@
+"""From a frozen dataclass to a command line: every field declared with ``flag(...)`` becomes a flag, a YAML key and a line of documentation.
+
+One declaration, so that a flag cannot exist without help, type and default. Command line and ``--config FILE.yaml`` go through the same parser: the
+file's entries are put before the command line's, which therefore win.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
+
+import yaml
+
+from user_error import UserError
+
+Settings = TypeVar("Settings")
+
+
+def flag(default: Any, help_text: str, *, group: str) -> Any:
+    """A dataclass field that is a flag. ``help_text`` gives meaning, unit and scope; the default is appended to it."""
+    return dataclasses.field(default=default, metadata={"help": help_text, "group": group})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.replace("unrecognized arguments", "unknown flags (see --help)"))
+
+
+def flag_name(field_name: str) -> str:
+    """--total-steps for total_steps."""
+    return "--" + field_name.replace("_", "-")
+
+
+def parse_flags(settings: type[Settings], argv: Sequence[str], description: str) -> Settings:
+    """An instance of ``settings`` (a dataclass whose fields are flags) from a command line. Raises UserError for anything it does not understand."""
+    parser = _parser(settings, description)
+    config_file = _config_file_in(argv)
+    from_file = _argv_of_yaml(config_file, settings) if config_file is not None else []
+    given = vars(parser.parse_args([*from_file, *argv]))
+    del given["config"]
+    return settings(**given)
+
+
+def _parser(settings: type, description: str) -> _Parser:
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", metavar="FILE.yaml", help="a YAML file of flags by name (total-steps: 2000); the command line wins")
+    groups: dict[str, Any] = {}
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        group = groups.setdefault(field.metadata["group"], parser.add_argument_group(field.metadata["group"]))
+        group.add_argument(flag_name(field.name), default=field.default, help=field.metadata["help"], **_argparse_type(hints[field.name]))
+    return parser
+
+
+def _argparse_type(hint: Any) -> dict[str, Any]:
+    if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
+        (hint,) = (a for a in get_args(hint) if a is not types.NoneType)
+    if get_origin(hint) is typing.Literal:
+        return {"choices": get_args(hint)}
+    if hint is bool:
+        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+
+
+def _config_file_in(argv: Sequence[str]) -> Path | None:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    found: Path | None = parser.parse_known_args(list(argv))[0].config
+    return found
+
+
+def _argv_of_yaml(path: Path, settings: type) -> list[str]:
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config must name a readable file; {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config must be a YAML file of flags by name; {path} is not: {error}") from error
+    if entries is None:
+        return []
+    if not isinstance(entries, dict):
+        raise UserError(f"--config must hold one mapping of flags by name (total-steps: 2000); {path} holds a {type(entries).__name__}")
+    known = {field.name for field in dataclasses.fields(settings)}
+    argv = []
+    for key, value in entries.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"{path}: {key!r} is not a flag" + (f"; did you mean {near[0].replace('_', '-')!r}?" if near else "; see --help"))
+        if isinstance(value, (list, dict)):
+            raise UserError(f"{path}: {key!r} must be one value as on the command line, not a {type(value).__name__}")
+        if value is not None:
+            argv.append(f"{flag_name(name)}={value}")
+    return argv
+
+
+def describe_flags(settings: type) -> str:
+    """All flags as Markdown tables, by group: docs/flags.md."""
+    hints = typing.get_type_hints(settings)
+    lines: list[str] = []
+    group = None
+    for field in dataclasses.fields(settings):
+        if field.metadata["group"] != group:
+            group = field.metadata["group"]
+            lines += ["", f"## {group.capitalize()}", "", "| flag | meaning | default |", "|---|---|---|"]
+        choices = _argparse_type(hints[field.name]).get("choices")
+        name = flag_name(field.name) + (" {" + ",".join(choices) + "}" if choices else "")
+        default = "-" if field.default is None else str(field.default).lower() if isinstance(field.default, bool) else field.default
+        lines.append(f"| `{name}` | {field.metadata['help'].replace('|', chr(92) + '|')} | {default} |")
+    return "\n".join(lines).strip() + "\n"

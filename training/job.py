@@ -1,0 +1,264 @@
+"""From flags to a job whose ranks have met: every rank knows its place, its device and its peers, and hears when one of them is gone.
+
+Order matters. First what this rank can check alone (interface, device, the model's headers); then the hub, where a problem of one rank reaches all of
+them; only then process groups. Nothing here reads a weight. Promises: every failure is one UserError, alike in meaning on all ranks, before
+anything was written; after meet() a lost peer ends this process within moments, whatever it is doing.
+"""
+
+import contextlib
+import logging
+import os
+import platform
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpoint.model_folder import ModelFolder, check_model_folder, resolve_model_folder
+from comms.groups import Groups, join_process_group, make_groups
+from comms.hub import Hello, Hub
+from comms.interfaces import Interface, choose_interface, select_for_transport
+from comms.lifeline import Lifeline
+from comms.links import PeerLost
+from comms.place import Place, place_of
+from comms.rendezvous import Door, agent_store, check_door_is_here, join_store, listen, serve_store
+from comms.spans import Spans
+from modules.gptj import GPTJConfig
+from pipeline_parallel.partition import Cut, cut_by_num_layers, even_cut
+from training.config import Config, shared_flags
+from user_error import UserError
+
+log = logging.getLogger("trainer")
+
+EXIT_FAILED = 1
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+TELL_OTHERS_S = 60.0
+CAUSE_WAIT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalFacts:
+    """What one rank found out without talking to anybody."""
+
+    place: Place
+    interface: Interface
+    device: torch.device
+    backend: str
+    model: ModelFolder
+    model_config: GPTJConfig
+    cut: Cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(LocalFacts):
+    """A job that has formed. ``store`` is shared by all ranks; ``num_threads`` is what torch computes with here."""
+
+    store: dist.Store
+    groups: Groups
+    lifeline: Lifeline
+    roster: list[dict[str, Any]]
+    num_threads: int
+    spans: Spans
+
+
+def look_around(config: Config) -> LocalFacts:
+    """Everything this rank can check alone. Raises UserError."""
+    assert config.data_group_size is not None and config.rank is not None and config.model_name is not None, "parse_config filled these in"
+    place = place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)
+    interface = choose_interface(config.net_interface, config.door.host)
+    select_for_transport(interface)
+    device, backend = _device_and_backend(config)
+    model = ModelFolder.open(resolve_model_folder(config.model_name))
+    model_config = GPTJConfig.from_hf(model.config)
+    check_model_folder(model, model_config)
+    if config.embedding_dim not in (None, model_config.width):
+        raise UserError(f"--embedding-dim must be the model's width; it is {config.embedding_dim}, config.json says {model_config.width}. Leave it out")
+    if config.seq_length > model_config.num_positions:
+        raise UserError(f"--seq-length must not exceed the model's positions; it is {config.seq_length}, config.json says {model_config.num_positions}")
+    if config.num_layers is None:
+        cut = even_cut(model_config.num_layers, place.pp_size)
+    else:
+        cut = cut_by_num_layers(model_config.num_layers, place.pp_size, config.num_layers)
+    return LocalFacts(
+        place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut
+    )
+
+
+def _device_and_backend(config: Config) -> tuple[torch.device, str]:
+    has_cuda = torch.cuda.is_available() if config.device != "cpu" else False
+    if config.device == "cuda" and not has_cuda:
+        raise UserError("--device cuda needs a GPU that torch can use; torch.cuda.is_available() is false. Install the CUDA build of torch, or use --device cpu")
+    backend = config.dp_backend or ("nccl" if has_cuda else "gloo")
+    if not has_cuda:
+        if backend == "nccl":
+            raise UserError("--dp-backend nccl carries CUDA tensors only, and this rank computes on the CPU; use --dp-backend gloo")
+        return torch.device("cpu"), backend
+    assert config.cuda_id is not None, "parse_config filled it in"
+    if config.cuda_id >= torch.cuda.device_count():
+        raise UserError(f"--cuda-id must be 0 .. {torch.cuda.device_count() - 1} on this host; it is {config.cuda_id}")
+    torch.cuda.set_device(config.cuda_id)
+    return torch.device("cuda", config.cuda_id), backend
+
+
+@contextlib.contextmanager
+def meet(config: Config) -> Iterator[Job]:
+    """Collective over all ranks: the job, formed. On leaving the block without an error the ranks part; with one, the others are told.
+
+    Raises UserError: this rank's own problem, or what the hub says of another's.
+    """
+    facts: LocalFacts | None = None
+    problem: str | None = None
+    try:
+        facts = look_around(config)
+    except UserError as error:
+        problem = str(error)
+    if problem is not None:
+        _tell_others(config, problem)
+        raise UserError(problem)
+    assert facts is not None, "no problem was found"
+    timeout = timedelta(seconds=config.rendezvous_timeout)
+    door, hub, store = config.door, None, None
+    if facts.place.rank == 0:
+        address = check_door_is_here(door, facts.interface)
+        listener = listen(address, 0 if door.agent_prefix else door.port)
+        store, store_port = serve_store(address, timeout)
+        hub_port = listener.getsockname()[1]
+        hub = Hub(
+            listener,
+            world_size=facts.place.world_size,
+            deadline_s=config.rendezvous_timeout,
+            formed={"store": [address, store_port]},
+            describe=lambda rank: facts.place.at(rank).in_words,
+        )
+        if door.agent_prefix:
+            agent_store(door, timeout).set("hub", f"{address}:{hub_port}")
+        door = Door(host=address, port=hub_port)
+    elif door.agent_prefix:
+        door = _door_from_agent(door, timeout)
+    lifeline = Lifeline((door.host, door.port), deadline_s=config.rendezvous_timeout)
+    formed = lifeline.join(_hello(config, facts, problem=None))
+    if store is None:
+        store = join_store(formed["store"][0], formed["store"][1], timeout)
+    spans = Spans()
+    lifeline.watch(lambda text: _end_process(facts.place, spans, text))
+    try:
+        yield _form(config, facts, formed["roster"], store, lifeline, spans)
+    except UserError as error:
+        lifeline.report_failure(str(error))
+        raise
+    except BaseException as error:
+        if isinstance(error, (PeerLost, RuntimeError)):
+            lifeline.cause_of_loss(CAUSE_WAIT_S)  # if the hub knows who is gone, this process ends inside the wait, naming it
+        lifeline.report_failure(f"{type(error).__name__}: {error}")
+        raise
+    dist.barrier()  # all ranks: nobody takes another's end for a loss
+    lifeline.done()
+    dist.destroy_process_group()
+    if hub is not None:
+        hub.close()
+
+
+def _form(
+    config: Config, facts: LocalFacts, roster: list[dict[str, Any]], store: dist.Store, lifeline: Lifeline, spans: Spans
+) -> Job:
+    own = roster[facts.place.rank]
+    ranks_here = sum(entry["host_id"] == own["host_id"] for entry in roster)
+    num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    torch.set_num_threads(num_threads)
+    join_process_group(facts.place, dist.PrefixStore("groups", store), facts.backend, COLLECTIVE_TIMEOUT)
+    groups = make_groups(facts.place, facts.backend, COLLECTIVE_TIMEOUT)
+    return Job(
+        **{name: getattr(facts, name) for name in LocalFacts.__dataclass_fields__},
+        store=dist.PrefixStore("job", store),
+        groups=groups,
+        lifeline=lifeline,
+        roster=roster,
+        num_threads=num_threads,
+        spans=spans,
+    )
+
+
+def _hello(config: Config, facts: LocalFacts | None, problem: str | None) -> Hello:
+    assert config.rank is not None and config.world_size is not None, "parse_config filled these in"
+    plan: dict[str, Any] = {}
+    if facts is not None:
+        plan = {
+            **shared_flags(config),
+            "transport": facts.backend,
+            "model (configuration and tensor shapes)": facts.model.digest(),
+            "torch version": torch.__version__.split("+")[0],
+            "python version": platform.python_version_tuple()[:2],
+        }
+    return Hello(
+        rank=config.rank,
+        world_size=config.world_size,
+        host=socket.gethostname(),
+        host_id=f"{socket.gethostname()}/{_boot_id()}",
+        pid=os.getpid(),
+        address=facts.interface.address if facts is not None else "",
+        is_loopback=facts is not None and facts.interface.is_loopback,
+        plan={name: list(value) if isinstance(value, tuple) else value for name, value in plan.items()},
+        problem=problem,
+    )
+
+
+def _boot_id() -> str:
+    """Tells hosts of one name apart; containers of one machine share it, as they share its cores."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _tell_others(config: Config, problem: str) -> None:
+    """Best effort: let the ranks that would wait for this one hear at once why it does not come."""
+    assert config.world_size is not None, "parse_config filled it in"
+    door, timeout = config.door, timedelta(seconds=min(config.rendezvous_timeout, TELL_OTHERS_S))
+    if config.world_size == 1:
+        return
+    with contextlib.suppress(UserError, OSError, dist.DistError):
+        if config.rank != 0:
+            door = _door_from_agent(door, timeout) if door.agent_prefix else door
+            Lifeline((door.host, door.port), deadline_s=min(5.0, timeout.total_seconds())).join(_hello(config, None, problem))
+            return
+        listener = listen(door.host, 0 if door.agent_prefix else door.port)
+        hub = Hub(
+            listener,
+            world_size=config.world_size,
+            deadline_s=timeout.total_seconds(),
+            formed={},
+            describe=lambda rank: f"rank {rank}",
+            problem=f"rank 0 (host {socket.gethostname()}): {problem}",
+        )
+        if door.agent_prefix:
+            agent_store(door, timeout).set("hub", f"{door.host}:{listener.getsockname()[1]}")
+        print(f"{problem}\n(telling the other ranks, at most {timeout.total_seconds():.0f} s)", file=sys.stderr, flush=True)
+        hub.wait_until_told(config.world_size - 1, timeout.total_seconds())
+        hub.close()
+
+
+def _door_from_agent(door: Door, timeout: timedelta) -> Door:
+    """Where rank 0's hub is, as it told torchrun's store. Raises UserError when it did not in time."""
+    try:
+        host, _, port = agent_store(door, timeout).get("hub").decode().rpartition(":")
+    except dist.DistError as error:
+        raise UserError(f"rank 0 must announce itself through torchrun's store at {door} within {timeout.total_seconds():.0f} s; it did not ({error})") from error
+    return Door(host=host, port=int(port))
+
+
+def _end_process(place: Place, spans: Spans, text: str) -> None:
+    """Called on the lifeline's thread. The main thread may hang in a wait that nothing can cancel, so the process ends here and now."""
+    log.error(
+        "%s This was noticed during %s on %s. The job cannot go on; start it again with the same command and it resumes from its newest checkpoint.",
+        text if text.endswith(".") else text + ".",
+        spans.in_words,
+        place.in_words,
+    )
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAILED)

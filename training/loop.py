@@ -1,0 +1,270 @@
+"""The meeting place: one optimizer step after the other, from a formed job to the final checkpoint.
+
+One step: tokens arrive -> the engine plays the schedule once per accumulation step -> buckets are summed over replicas while the last backward runs -> one
+reduction decides skip and clip alike on all ranks -> update -> log -> checkpoint when due. ``step`` counts accumulation steps wherever the user
+sees it; saves and the end fall on optimizer-step boundaries, at or after the step that was asked for.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.model_folder import load_stage
+from comms.groups import PairGroups
+from comms.links import Link, ProcessGroupLink
+from data_parallel.allreduce import GradientBuckets
+from modules.lm_ops import Segments
+from modules.stage import Stage, draw_parameter, empty_stage, layer_keys
+from optim.build import AdamSettings, AdamW
+from optim.decide import StepDecision, decide_step, layer_square
+from optim.schedule import LearningRate
+from pipeline_parallel.engine import MicroBatch, PipelineEngine
+from pipeline_parallel.schedule import order
+from training.config import Config
+from training.data import start_reader
+from training.feed import StepFeed, TokenFeed
+from training.job import Job
+from training.opening import describe_run
+from training.report import Report
+from training.saving import load_weights_and_state, save_step
+from training.start import ReadingDesk, Start, agree
+from user_error import UserError
+
+log = logging.getLogger("trainer")
+
+LINK_DEPTH = 4  # receives posted ahead; more buys nothing once a round trip is covered
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+def train(job: Job, config: Config) -> None:
+    """Run the job to its last step. Called by all ranks. Raises UserError, PeerLost."""
+    assert config.checkpoint_path is not None, "parse_config requires it"
+    with ExitStack() as cleanup:
+        job.spans.enter_phase("preparing data and checkpoints")
+        start, desk = agree(job, config, cleanup)
+        if start.is_finished:
+            if job.place.rank == 0:
+                log.info("nothing to do: %s is at step %d and --total-steps is %d", config.checkpoint_path, start.step, config.total_steps)
+            return
+        job.spans.enter_phase("loading weights")
+        trainer = Trainer(job, config, start, desk)
+        cleanup.callback(trainer.close)
+        trainer.run()
+
+
+class Trainer:
+    """One rank's share of the training, built from a formed job and an agreed start."""
+
+    def __init__(self, job: Job, config: Config, start: Start, desk: ReadingDesk | None) -> None:
+        assert config.checkpoint_path is not None and config.total_steps is not None, "parse_config requires them"
+        self._job, self._config, self._desk = job, config, desk
+        self._root = Path(config.checkpoint_path)
+        self._step, self._optimizer_step, self._num_skipped = start.step, start.optimizer_step, start.num_skipped
+        self._skipped_in_a_row = 0
+        self._accumulate = config.gradient_accumulate_step
+        self._num_updates = config.total_steps // self._accumulate
+        first, last = job.cut[job.place.pp]
+        self._stage = empty_stage(job.model_config, first, last, device=job.device)
+        self._optimizer = AdamW(dict(self._stage.named_parameters()), _adam_settings(config))
+        self._load(start)
+        self._buckets = GradientBuckets(self._stage.parameters_by_layer(), groups=job.groups.replicas, spans=job.spans)
+        self._engine = _build_engine(job, config, self._stage)
+        self._actions = order(config.pp_mode, config.batch_size // config.micro_batch_size)
+        self._learning_rate = _learning_rate(config, self._num_updates)
+        self._reader = start_reader(config, desk.mixture) if desk is not None else None
+        self._feed = TokenFeed(
+            place=job.place,
+            group=job.groups.tokens,
+            reader=self._reader,
+            shape=(self._accumulate, config.batch_size, config.seq_length),
+            num_steps=self._num_updates - self._optimizer_step,
+            device=job.device,
+        )
+        self._data_position: dict[str, Any] | None = None  # rank 0: behind the last step that was consumed
+        self._saved_step = start.step if start.resume_folder is not None else None
+        self._report = Report(
+            place=job.place, folder=self._root, first_step=start.step, total_steps=config.total_steps, logging_steps=config.logging_steps
+        )
+
+    def run(self) -> None:
+        """Train to the end, save and report on the way."""
+        if self._job.place.rank == 0:
+            log.info("%s", describe_run(self._config, self._job, self._step))
+        if self._config.train_log_backend == "wandb":
+            self._report.start_wandb(self._config.project_name, self._root, dataclasses.asdict(self._config))
+        self._feed.start()
+        while self._optimizer_step < self._num_updates:
+            started = time.perf_counter()
+            self._job.spans.enter_step(self._step + self._accumulate)
+            with self._job.spans.span("waiting for data"):
+                feed = self._feed.next()
+            if feed is None:
+                self._stop_for_data()
+            else:
+                self._one_step(feed, started)
+        if self._saved_step != self._step:
+            self._save()
+
+    def close(self) -> None:
+        """Stop the reader, end the progress line."""
+        if self._reader is not None:
+            self._reader.close()
+        self._report.close()
+
+    def _load(self, start: Start) -> None:
+        if start.resume_folder is not None:
+            load_weights_and_state(self._stage, self._optimizer, self._root / start.resume_folder)
+        elif self._config.load_pretrained_model:
+            load_stage(self._stage, self._job.model)
+        else:
+            with torch.no_grad():
+                for name, parameter in self._stage.named_parameters():
+                    draw_parameter(parameter, name, self._job.model_config, self._config.seed)
+
+    def _one_step(self, feed: StepFeed, started: float) -> None:
+        before = self._step
+        learning_rate = self._learning_rate.at(self._optimizer_step + 1)
+        decision = self._update(feed, learning_rate)
+        self._optimizer_step += 1
+        self._step += self._accumulate
+        self._num_skipped += decision.skip
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if decision.skip else 0
+        self._data_position = feed.state
+        num_tokens = feed.tokens[:, :, 0].numel() * self._job.place.dp_size
+        self._report.row(
+            {
+                "step": self._step,
+                "optimizer_step": self._optimizer_step,
+                "loss": decision.loss if math.isfinite(decision.loss) else None,
+                "lr": learning_rate,
+                "grad_norm": decision.grad_norm if math.isfinite(decision.grad_norm) else None,
+                "tokens": num_tokens,
+                "target_tokens": feed.num_targets,
+                "tokens_per_s": num_tokens / (time.perf_counter() - started),
+                "data_wait_s": feed.data_wait_s,
+                "loss_scale": 1.0,
+                "skipped": decision.skip,
+            }
+        )
+        every = self._config.checkpoint_steps
+        if every and self._step // every > before // every:
+            self._save()
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, up to step {self._step}; none of them changed the "
+                "weights. Lower --lr, lengthen the warm-up, or look at the data, and start again from the newest checkpoint"
+            )
+
+    def _update(self, feed: StepFeed, learning_rate: float) -> StepDecision:
+        """Gradients of the whole global batch, then the one decision, then the update (or none)."""
+        job, config = self._job, self._config
+        loss = torch.zeros((), dtype=torch.float64, device=job.device)
+        for a in range(self._accumulate):
+            is_last = a == self._accumulate - 1
+            loss += self._engine.run(
+                self._actions,
+                _micro_batches(feed.tokens[a], config.micro_batch_size, job.device),
+                scale=1.0 / feed.num_targets,
+                before_last_backward=self._buckets.arm if is_last else None,
+            )
+        self._buckets.finish()
+        squares = {key: layer_square(flats) for key, flats in self._buckets.flat_gradients()} if job.place.dp == 0 else {}
+        with job.spans.span("agreeing on the step"):
+            decision = decide_step(
+                place=job.place,
+                layers=layer_keys(job.model_config.num_layers),
+                squares=squares,
+                loss=loss.item(),
+                clip_grad_norm=config.clip_grad_norm,
+                device=job.device,
+            )
+        with job.spans.span("update"):
+            if not decision.skip:
+                if decision.clip_factor < 1.0:
+                    for _, flats in self._buckets.flat_gradients():
+                        for flat in flats:
+                            flat.mul_(decision.clip_factor)
+                self._optimizer.step(learning_rate)
+            self._buckets.zero()
+        return decision
+
+    def _save(self) -> None:
+        with self._job.spans.span("saving a checkpoint"):
+            trainer, copy_from = {}, []
+            if self._desk is not None:
+                trainer = {
+                    "optimizer_step": self._optimizer_step,
+                    "num_skipped": self._num_skipped,
+                    "loss_scale": 1.0,
+                    "data": self._data_position,
+                    "data_identity": self._desk.identity,
+                    "learning_rate": dataclasses.asdict(self._learning_rate),
+                    "flags": dataclasses.asdict(self._config),
+                }
+                copy_from = [self._job.model.path, self._desk.encoder.folder]
+            save_step(
+                self._job, root=self._root, step=self._step, stage=self._stage, optimizer=self._optimizer, trainer=trainer, copy_from=copy_from
+            )
+        self._saved_step = self._step
+
+    def _stop_for_data(self) -> None:
+        """The data cannot go on: keep what was learnt, then stop on all ranks with rank 0's reason."""
+        if self._step > 0 and self._saved_step != self._step:
+            self._save()
+        reason = self._feed.error
+        if reason is None:
+            self._job.lifeline.cause_of_loss(60.0)  # rank 0 says why, and that ends this process
+            reason = UserError("rank 0 ended the data; see its output")
+        kept = f" Everything up to step {self._step} is saved." if self._step > 0 else ""
+        raise UserError(f"{reason}{kept}")
+
+
+def _micro_batches(tokens: torch.Tensor, micro_batch_size: int, device: torch.device) -> list[MicroBatch]:
+    """tokens (N, 2, T) int32 of one accumulation step to N / micro_batch_size micro-batches on ``device``."""
+    return [
+        MicroBatch(piece[:, 0].long().to(device), Segments.from_positions(piece[:, 1]).to(device)) for piece in tokens.split(micro_batch_size)
+    ]
+
+
+def _build_engine(job: Job, config: Config, stage: Stage) -> PipelineEngine:
+    num_micro_batches = config.batch_size // config.micro_batch_size
+
+    def link(groups: PairGroups | None, peer: int, is_next: bool) -> Link | None:
+        if groups is None:
+            return None
+        return ProcessGroupLink(
+            send_group=groups.activations if is_next else groups.gradients,
+            recv_group=groups.gradients if is_next else groups.activations,
+            peer=peer,
+            peer_in_words=f"{job.place.at(peer).in_words} on host {job.roster[peer]['host']}",
+            shape=(config.micro_batch_size, config.seq_length, job.model_config.width),
+            dtype=torch.float32,
+            device=job.device,
+            depth=min(LINK_DEPTH, num_micro_batches),
+        )
+
+    return PipelineEngine(
+        stage=stage,
+        previous=link(job.groups.to_previous, job.place.rank - 1, is_next=False),
+        following=link(job.groups.to_next, job.place.rank + 1, is_next=True),
+        spans=job.spans,
+    )
+
+
+def _adam_settings(config: Config) -> AdamSettings:
+    return AdamSettings(beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_eps, weight_decay=config.weight_decay)
+
+
+def _learning_rate(config: Config, num_updates: int) -> LearningRate:
+    assert config.total_steps is not None, "parse_config requires it"
+    warmup_steps: float = config.warmup_steps or 0
+    if config.warmup_proportion is not None:
+        warmup_steps = config.warmup_proportion * config.total_steps
+    num_warmup = math.ceil(warmup_steps / config.gradient_accumulate_step)
+    return LearningRate(peak=config.lr, minimum=config.min_lr, num_warmup_steps=num_warmup, num_steps=num_updates, curve=config.lr_schedule)

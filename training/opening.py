@@ -1,0 +1,50 @@
+"""What a run says before its first step: what was resolved, how the model is cut, which precisions are used and why."""
+
+import dataclasses
+
+import torch
+
+from modules.stage import meta_stage
+from training.config import Config
+from training.job import Job
+from training.report import table
+from training.flags import flag_name
+
+
+def describe_run(config: Config, job: Job, first_step: int) -> str:
+    """A few short tables for rank 0's log."""
+    place = job.place
+    where = f"{job.device}, {job.num_threads} compute thread(s) per rank" if job.device.type == "cpu" else str(job.device)
+    lines = [
+        f"{place.world_size} ranks: {place.pp_size} stage(s) x {place.dp_size} replica(s), {job.backend} over {job.interface.name} "
+        f"({job.interface.address}), rank 0 on {where}",
+        f"starting at step {first_step} of {config.total_steps}",
+        "configuration:",
+        table([("flag", "value"), *((flag_name(name), str(value)) for name, value in dataclasses.asdict(config).items() if value is not None)]),
+        "cut:",
+        table([("stage", "layers", "parameters", "fp32 bytes"), *_cut_rows(job)]),
+        "precisions:",
+        table([("of", "dtype", "why"), *_precisions(job)]),
+    ]
+    return "\n".join(lines)
+
+
+def _cut_rows(job: Job) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for s, (first, last) in enumerate(job.cut):
+        stage = meta_stage(job.model_config, first, last)
+        parts = [*(["embeddings"] if stage.has_embeddings else []), f"{first} .. {last - 1}", *(["head"] if stage.has_head else [])]
+        num_parameters = sum(p.numel() for p in stage.parameters())
+        rows.append((str(s), ", ".join(parts), f"{num_parameters:,}", f"{num_parameters * torch.float32.itemsize:,}"))
+    return rows
+
+
+def _precisions(job: Job) -> list[tuple[str, ...]]:
+    stored = "/".join(sorted({str(job.model.dtype(name)).removeprefix("torch.") for name in job.model.names()}))
+    return [
+        ("parameters", "fp32", f"computed with directly; files keep the model folder's {stored}"),
+        ("compute", "fp32", "this version computes in fp32 on every device"),
+        ("gradients", "fp32", "as computed; squared norms are summed in fp64"),
+        ("masters", "fp32", "the parameters themselves" + ("" if stored == "float32" else f", saved beside the {stored} files so that a resume is exact")),
+        ("wire", "fp32", "as computed: what stages and replicas exchange is not rounded"),
+    ]

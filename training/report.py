@@ -1,0 +1,115 @@
+"""What a run says of itself: log records tagged with their place, a live progress line, train_log.jsonl, Weights & Biases.
+
+Promises: ``<checkpoint-path>/train_log.jsonl`` gets one complete line per optimizer step, flushed, with all digits of the loss; rows of steps that are done again
+after a resume are appended, never rewritten. Only rank 0 writes it and talks to Weights & Biases.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from comms.place import Place
+from user_error import UserError
+
+log = logging.getLogger("trainer")
+
+
+class _LinesAboveTheBar(logging.Handler):
+    """Log lines through tqdm, so that the progress line stays the last one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_logging(place: str) -> None:
+    """Log records to stderr as "[dp0/pp1] text"; called again when the place is known."""
+    handler = _LinesAboveTheBar()
+    handler.setFormatter(logging.Formatter(f"[{place}] %(message)s"))
+    for name in ("trainer", "tasks"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
+
+
+class Report:
+    """The report of rank 0, or of a rank that has nothing to say (every call is then free)."""
+
+    def __init__(self, *, place: Place, folder: Path, first_step: int, total_steps: int, logging_steps: int) -> None:
+        self._speaks = place.rank == 0
+        self._total_steps, self._logging_steps, self._step = total_steps, logging_steps, first_step
+        self._first_step, self._start = first_step, time.perf_counter()
+        self._file: TextIO | None = None
+        self._bar: tqdm[Any] | None = None
+        self._wandb: Any = None
+        if self._speaks:
+            self._file = _open_log(folder / "train_log.jsonl")
+            self._bar = tqdm(
+                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty(), file=sys.stderr
+            )
+
+    def start_wandb(self, project: str, folder: Path, resolved: Mapping[str, Any]) -> None:
+        """Open a Weights & Biases run (WANDB_NAME and WANDB_MODE are read by wandb itself). Raises UserError if the package is missing."""
+        if not self._speaks:
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--train-log-backend wandb needs the package wandb; install it with: pip install wandb") from error
+        self._wandb = wandb.init(project=project, dir=str(folder), config=dict(resolved))
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """One optimizer step. ``row`` has at least step, loss, lr, grad_norm, tokens_per_s."""
+        if not self._speaks:
+            return
+        assert self._file is not None and self._bar is not None, "rank 0 opened them"
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(row), step=row["optimizer_step"])
+        before, self._step = self._step, row["step"]
+        self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
+        self._bar.update(row["step"] - before)
+        due = row["step"] // self._logging_steps > before // self._logging_steps or row["step"] >= self._total_steps
+        if due and self._bar.disable:
+            log.info(
+                "step %d/%d  loss %.4f  lr %.3g  grad norm %.3g  %s tokens/s  ETA %s%s",
+                row["step"], self._total_steps, row["loss"], row["lr"], row["grad_norm"], f"{row['tokens_per_s']:,.0f}", self._eta(),
+                "  SKIPPED: loss or gradient not finite" if row["skipped"] else "",
+            )  # fmt: skip
+
+    def _eta(self) -> str:
+        seconds = (time.perf_counter() - self._start) / max(1, self._step - self._first_step) * (self._total_steps - self._step)
+        return str(tqdm.format_interval(seconds))
+
+    def close(self) -> None:
+        """End the progress line and the Weights & Biases run."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_log(path: Path) -> TextIO:
+    """Append to the log. A line that a killed run left unfinished gets its end, so that every later row stands on a line of its own."""
+    file = path.open("a+")
+    if file.tell() > 0:
+        with path.open("rb") as end:
+            end.seek(-1, 2)
+            if end.read(1) != b"\n":
+                file.write("\n")
+    return file
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as aligned columns, the first row being the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
