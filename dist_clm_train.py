@@ -4,8 +4,8 @@
         --pipeline-group-size 2 --world-size 2 --dist-url tcp://127.0.0.1:9000 --rank 0     (and the same with --rank 1)
     torchrun --nproc-per-node 2 dist_clm_train.py --pipeline-group-size 2 ...
 
-All flags: ``--help`` or docs/flags.md. Exit status: 0 trained or nothing to do, 1 the job failed, 2 the command line is wrong, 130 interrupted.
-"""
+All flags: ``--help`` or docs/flags.md. Exit status: 0 trained or nothing to do, 1 the job failed, 2 the command line is wrong,
+130 interrupted. """
 
 import logging
 import os

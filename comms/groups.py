@@ -1,8 +1,8 @@
 """The process groups of a job, made once, by all ranks in the same order.
 
-One group per direction and neighbour pair (what NCCL needs to overlap, and what keeps gloo's messages apart), several per set of replicas (one
-TCP stream does not fill a long link), one for token ids, and the default group of all ranks for the step's one reduction.
-"""
+One group per direction and neighbour pair (what NCCL needs to overlap, and what keeps gloo's messages apart), several per set of
+replicas (one TCP stream does not fill a long link), one for token ids, and the default group of all ranks for the step's one
+reduction."""
 
 from dataclasses import dataclass
 from datetime import timedelta

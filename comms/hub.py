@@ -1,9 +1,9 @@
 """The hub: a small server in rank 0's process where all ranks meet, and that notices at once when one of them is gone.
 
-Every rank connects to it before any process group exists, says who it is and what it was started with, and keeps the connection for the whole job.
-So a wrong world size, a rank taken twice or different flags are named to everybody within a second (bare torch waits out its time-outs and names
-nobody); and since the kernel closes a dead process's connection whatever it was doing, a killed rank is known in milliseconds in any phase,
-without heartbeats that a busy interpreter could miss.
+Every rank connects to it before any process group exists, says who it is and what it was started with, and keeps the connection
+for the whole job. So a wrong world size, a rank taken twice or different flags are named to everybody within a second (bare torch
+waits out its time-outs and names nobody); and since the kernel closes a dead process's connection whatever it was doing, a killed
+rank is known in milliseconds in any phase, without heartbeats that a busy interpreter could miss.
 
 Wire format: one JSON object per line, both ways; nothing else is ever parsed.
 
@@ -74,10 +74,9 @@ class _Verdict:
 class Hub:
     """The server. Runs on a thread of rank 0's process from construction to close().
 
-    listener: a bound, listening socket that becomes the hub's. formed: what every rank is told with the roster (the store's address).
-    describe: rank -> words such as "rank 3 (stage 1 of 2, replica 1 of 2)". problem: a mistake that rank 0 found on its own; the hub then only tells it
-    to everybody who comes.
-    """
+    listener: a bound, listening socket that becomes the hub's. formed: what every rank is told with the roster (the store's
+    address). describe: rank -> words such as "rank 3 (stage 1 of 2, replica 1 of 2)". problem: a mistake that rank 0 found on its
+    own; the hub then only tells it to everybody who comes."""
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class Hub:
             self._all_told.wait(timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """End the server once all members have said they are done (they must not take its end for a death), at most ``timeout_s`` later."""
+        """End the server once all members have said they are done, at most ``timeout_s`` later: they would take its end for a death."""
         if self._verdict.formed is not None:
             self._all_done.wait(timeout_s)
         if self._thread.is_alive():
@@ -127,8 +126,8 @@ class Hub:
         if self._verdict.formed is None and self._verdict.refused is None:
             missing = [self._describe(rank) for rank in range(self._world_size) if rank not in self._verdict.members]
             self._refuse(
-                f"all {self._world_size} ranks must arrive within {self._deadline_s:.0f} s (--rendezvous-timeout); missing: {', '.join(missing)}. "
-                "Start them with the same --dist-url, or see what stopped them"
+                f"all {self._world_size} ranks must arrive within {self._deadline_s:.0f} s (--rendezvous-timeout); missing: "
+                f"{', '.join(missing)}. Start them with the same --dist-url, or see what stopped them"
             )
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -149,8 +148,8 @@ class Hub:
     def _admit(self, hello: Hello, writer: asyncio.StreamWriter) -> _Member | None:
         verdict = self._verdict
         if verdict.formed is not None:
-            _send(writer, {"refused": f"this --dist-url belongs to a job that is already running with all its ranks; {hello.in_words} is one too many. "
-                           "Choose another port for another job"})
+            text = f"this --dist-url belongs to a job that is already running with all its ranks; {hello.in_words} is one too many"
+            _send(writer, {"refused": f"{text}. Choose another port for another job"})
             return None
         if verdict.refused is None:
             problem = self._problem_with(hello)
@@ -168,20 +167,28 @@ class Hub:
         if hello.problem is not None:
             return f"{hello.in_words}: {hello.problem}"
         if hello.world_size != self._world_size:
-            return f"all ranks must agree on --world-size; {hello.in_words} was started with {hello.world_size}, rank 0 with {self._world_size}"
+            return (
+                f"all ranks must agree on --world-size; {hello.in_words} was started with {hello.world_size}, rank 0 with "
+                f"{self._world_size}"
+            )
         if not 0 <= hello.rank < self._world_size:
             return f"--rank must be 0 .. {self._world_size - 1}; {hello.in_words} is outside"
         if hello.rank in members:
             first = members[hello.rank].hello
-            return f"every process needs its own --rank; rank {hello.rank} is taken twice: by pid {first.pid} on {first.host} and pid {hello.pid} on {hello.host}"
+            return (
+                f"every process needs its own --rank; rank {hello.rank} is taken twice: by pid {first.pid} on {first.host} and pid "
+                f"{hello.pid} on {hello.host}"
+            )
         for other in members.values():
             differing = sorted(k for k in {*hello.plan, *other.hello.plan} if hello.plan.get(k) != other.hello.plan.get(k))
             if differing:
                 seen = "; ".join(f"{k}: {other.hello.plan.get(k)!r} and {hello.plan.get(k)!r}" for k in differing)
                 return f"all ranks must be started alike; {other.hello.in_words} and {hello.in_words} differ in {seen}"
             if (hello.is_loopback or other.hello.is_loopback) and hello.host_id != other.hello.host_id:
-                return (f"ranks on several hosts cannot meet over a loopback interface; {other.hello.in_words} uses {other.hello.address}, "
-                        f"{hello.in_words} uses {hello.address}. Pass --net-interface with one that connects the hosts")
+                return (
+                    f"ranks on several hosts cannot meet over a loopback interface; {other.hello.in_words} uses {other.hello.address}, "
+                    f"{hello.in_words} uses {hello.address}. Pass --net-interface with one that connects the hosts"
+                )
         return None
 
     def _form_if_complete(self) -> None:

@@ -54,13 +54,17 @@ def choose_interface(name: str | None, host: str) -> Interface:
     listing = ", ".join(f"{i.name} ({i.address})" for i in interfaces.values()) or "none"
     if name is not None:
         if name not in interfaces:
-            raise UserError(f"--net-interface must name an interface of this host that is up and has an address; {name!r} is not one of: {listing}")
+            raise UserError(
+                f"--net-interface must name an interface of this host that is up and has an address; {name!r} is not one of: {listing}"
+            )
         return interfaces[name]
     source = _source_address(host)
     for interface in interfaces.values():
         if source in interface.addresses or (interface.is_loopback and ip_address(source.split("%")[0]).is_loopback):
             return interface
-    raise UserError(f"no interface of this host reaches {host} of --dist-url (it would be left from {source}); name one with --net-interface: {listing}")
+    raise UserError(
+        f"no interface of this host reaches {host} of --dist-url (it would be left from {source}); name one with --net-interface: {listing}"
+    )
 
 
 def _source_address(host: str) -> str:

@@ -1,8 +1,7 @@
 """A rank's side of the hub: joining the job, and hearing at once when another rank is gone.
 
-Promises: join() ends, within the deadline, with the roster or a UserError that says what is wrong and with whom; afterwards a thread listens, and the
-callback gets one sentence naming the lost rank. Left to others: what to do then (training/launch.py).
-"""
+Promises: join() ends, within the deadline, with the roster or a UserError that says what is wrong and with whom; afterwards a
+thread listens, and the callback gets one sentence naming the lost rank. Left to others: what to do then (training/job.py)."""
 
 import contextlib
 import json
@@ -62,7 +61,9 @@ class Lifeline:
         return dict(verdict["formed"])
 
     def watch(self, on_loss: Callable[[str], None]) -> None:
-        """Listen from now on; ``on_loss`` is called, on the listening thread and at most once, with a sentence naming the rank that is gone."""
+        """Listen from now on; ``on_loss`` is called, on the listening thread and at most once, with a sentence naming the rank that
+        is gone.
+        """
         threading.Thread(target=self._watch, args=(on_loss,), name="lifeline", daemon=True).start()
 
     def _watch(self, on_loss: Callable[[str], None]) -> None:
@@ -102,7 +103,8 @@ class Lifeline:
             except OSError as error:
                 if time.monotonic() >= give_up:
                     raise UserError(
-                        f"rank 0 must answer at {self._place} (--dist-url) within {self._deadline_s:.0f} s (--rendezvous-timeout); it does not ({error}). "
+                        f"rank 0 must answer at {self._place} (--dist-url) within {self._deadline_s:.0f} s (--rendezvous-timeout); it does "
+                        f"not ({error}). "
                         "Start rank 0 there, and check the address, the port and any firewall between"
                     ) from error
                 time.sleep(0.1)
@@ -116,4 +118,7 @@ class Lifeline:
         self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def _foreign(self) -> UserError:
-        return UserError(f"--dist-url must be where rank 0 of this job listens; at {self._place} something else answers. Choose a port that is free on that host")
+        return UserError(
+            f"--dist-url must be where rank 0 of this job listens; at {self._place} something else answers. Choose a port that "
+            "is free on that host"
+        )

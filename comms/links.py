@@ -1,8 +1,8 @@
 """A link carries micro-batches between two neighbouring stages: activations one way, their gradients the other.
 
-Why not plain send/recv: gloo is a rendezvous protocol, so a receive that is posted late exposes a round trip plus the transfer for every
-micro-batch; one that was posted before exposes nothing. A link therefore posts receives ``depth`` ahead into reused wire buffers and waits for its
-sends only at the end of the step.
+Why not plain send/recv: gloo is a rendezvous protocol, so a receive that is posted late exposes a round trip plus the transfer
+for every micro-batch; one that was posted before exposes nothing. A link therefore posts receives ``depth`` ahead into reused
+wire buffers and waits for its sends only at the end of the step.
 
 Promises: messages arrive in the order of their index; ``take`` returns storage of its own (64-byte aligned, as bit-equality needs); a lost
 neighbour raises PeerLost that names it. Left to others: what is sent, and when (pipeline_parallel/).

@@ -1,9 +1,9 @@
 """From --dist-url (or torchrun's environment) to a store that all ranks of this job, and only they, use.
 
-Rank 0 binds every listening socket itself, on the address of the chosen interface: TCPStore left alone would listen on every address. --dist-url is
-the hub's door; the TCPStore that process groups need listens at a free port of the same address and is announced by the hub. Under torchrun
-the port in MASTER_PORT is held by its agent, so its store only carries the hub's address, under a prefix per restart attempt.
-"""
+Rank 0 binds every listening socket itself, on the address of the chosen interface: TCPStore left alone would listen on every
+address. --dist-url is the hub's door; the TCPStore that process groups need listens at a free port of the same address and is
+announced by the hub. Under torchrun the port in MASTER_PORT is held by its agent, so its store only carries the hub's address,
+under a prefix per restart attempt."""
 
 import errno
 import os
@@ -71,11 +71,16 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"rank 0 listens at --dist-url, so its port must be free; port {port} on {host} is taken, by another job or another rank 0. "
-                            "Choose another port, or end that job") from error
+            raise UserError(
+                f"rank 0 listens at --dist-url, so its port must be free; port {port} on {host} is taken, by another job or "
+                "another rank 0. "
+                "Choose another port, or end that job"
+            ) from error
         if error.errno == errno.EACCES:
             raise UserError(f"rank 0 listens at --dist-url, and port {port} needs privileges; choose a port above 1023") from error
-        raise UserError(f"rank 0 listens at --dist-url, so its host must be an address of this machine; {host} is not ({error.strerror})") from error
+        raise UserError(
+            f"rank 0 listens at --dist-url, so its host must be an address of this machine; {host} is not ({error.strerror})"
+        ) from error
     return listener
 
 

@@ -1,9 +1,10 @@
 """Gradients live in flat buckets, and the buckets are summed over replicas while the last backward still runs.
 
-A bucket holds parameters of ONE layer only: with three or more replicas the order in which a ring sums depends on the place in the buffer, and a
-bucket that joined layers would make the result depend on the cut. Every parameter starts at a 64-byte boundary, so that kernels take the same
-vector paths wherever it lies. Buckets are at most ``bucket_bytes`` large and go round-robin over several process groups (on a long link one
-all-reduce of 100 MB takes three times the bandwidth bound, eight spread over four groups 1.1 times).
+A bucket holds parameters of ONE layer only: with three or more replicas the order in which a ring sums depends on the place in
+the buffer, and a bucket that joined layers would make the result depend on the cut. Every parameter starts at a 64-byte boundary,
+so that kernels take the same vector paths wherever it lies. Buckets are at most ``bucket_bytes`` large and go round-robin over
+several process groups (on a long link one all-reduce of 100 MB takes three times the bandwidth bound, eight spread over four
+groups 1.1 times).
 
 Promises: after finish() every replica's ``.grad`` is the sum over replicas, the same bits on all of them. Without replicas the buckets are
 there all the same (norm and clipping read them) and nothing is sent.

@@ -38,13 +38,18 @@ class GPTJConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "GPTJConfig":
         """Read a Hugging Face GPT-J ``config.json``. Raises UserError for what this implementation would compute differently."""
         if config.get("model_type") != "gptj":
-            raise UserError(f"--model-type gptj needs a model whose config.json says model_type gptj; this one says {config.get('model_type')!r}")
+            raise UserError(
+                f"--model-type gptj needs a model whose config.json says model_type gptj; this one says {config.get('model_type')!r}"
+            )
         missing = [key for key in ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim") if not isinstance(config.get(key), int)]
         if missing:
             raise UserError(f"config.json of a GPT-J must give {', '.join(missing)} as whole numbers; fetch the file again from its source")
         width, num_heads, rotary_dim = config["n_embd"], config["n_head"], config["rotary_dim"]
         rules = [
-            (config.get("activation_function", "gelu_new") == "gelu_new", f"activation_function {config.get('activation_function')!r} (only gelu_new)"),
+            (
+                config.get("activation_function", "gelu_new") == "gelu_new",
+                f"activation_function {config.get('activation_function')!r} (only gelu_new)",
+            ),
             (not config.get("tie_word_embeddings", False), "tie_word_embeddings true (the head must have its own weight)"),
             (width % num_heads == 0, f"n_embd {width} that n_head {num_heads} does not divide"),
             (0 < rotary_dim <= width // max(num_heads, 1) and rotary_dim % 2 == 0, f"rotary_dim {rotary_dim} (even, 2 .. n_embd/n_head)"),

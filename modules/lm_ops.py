@@ -55,7 +55,8 @@ def next_token_targets(token_ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def rotary_tables(num_positions: int, rotary_dim: int, base: float = 10000.0, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base**(-2i/rotary_dim), each (num_positions, rotary_dim/2) fp32 (RoFormer, arXiv:2104.09864, section 3.4.2).
+    """cos and sin of position * base**(-2i/rotary_dim), each (num_positions, rotary_dim/2) fp32 (RoFormer, arXiv:2104.09864,
+    section 3.4.2).
 
     Always computed in fp32 here and never read from a file: half-precision tables in old checkpoints are off by up to 0.1 rad.
     """

@@ -52,7 +52,9 @@ class Stage(nn.Module):
     """Layers [first, last) of a GPT-J; with first == 0 also the embeddings, with last == num_layers also ln_f and the head."""
 
     def __init__(self, config: GPTJConfig, first: int, last: int) -> None:
-        assert 0 <= first < last <= config.num_layers, f"a stage holds at least one layer of the model: [{first}, {last}) of {config.num_layers}"
+        assert 0 <= first < last <= config.num_layers, (
+            f"a stage holds at least one layer of the model: [{first}, {last}) of {config.num_layers}"
+        )
         super().__init__()
         self.config, self.first, self.last = config, first, last
         self.transformer = _Transformer(config, range(first, last), embeddings=self.has_embeddings, final_norm=self.has_head)

@@ -40,7 +40,9 @@ class AdamW:
         self._optimizer.step()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """By parameter name: exp_avg and exp_avg_sq (shape of the parameter, fp32) and step (fp32 scalar). Zeros before the first update."""
+        """By parameter name: exp_avg and exp_avg_sq (shape of the parameter, fp32) and step (fp32 scalar). Zeros before the first
+        update.
+        """
         states = {}
         for name, parameter in self._named.items():
             held = self._optimizer.state.get(parameter)

@@ -1,9 +1,8 @@
 """One reduction per optimizer step, from which every rank decides alike: skip, clip, log, stop.
 
-The vector has an entry per layer for its squared gradient norm (filled only by the rank of replica 0 that owns the layer) and one per replica for its
-loss (filled by its last stage). Adding zeros is exact, and every rank then sums the entries in the same order, so the clip factor has the same
-bits for any cut of the model.
-"""
+The vector has an entry per layer for its squared gradient norm (filled only by the rank of replica 0 that owns the layer) and one
+per replica for its loss (filled by its last stage). Adding zeros is exact, and every rank then sums the entries in the same
+order, so the clip factor has the same bits for any cut of the model."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -42,9 +41,8 @@ def layer_square(flat_gradients: Iterable[Tensor]) -> float:
 def decide_step(
     *, place: Place, layers: list[str], squares: Mapping[str, float], loss: float, clip_grad_norm: float, device: torch.device
 ) -> StepDecision:
-    """Collective over all ranks. ``layers``: all layer keys of the model in order; ``squares``: of this rank's layers, after the sum over replicas;
-    ``loss``: this replica's share on its last stage, else 0. clip_grad_norm 0 does not clip.
-    """
+    """Collective over all ranks. ``layers``: all layer keys of the model in order; ``squares``: of this rank's layers, after the
+    sum over replicas; ``loss``: this replica's share on its last stage, else 0. clip_grad_norm 0 does not clip."""
     votes = torch.zeros(len(layers) + place.dp_size, dtype=torch.float64)
     if place.dp == 0:
         for index, key in enumerate(layers):

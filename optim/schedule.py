@@ -11,10 +11,9 @@ CurveName = Literal["linear", "cosine", "constant"]
 class LearningRate:
     """peak, minimum: learning rates; num_warmup_steps, num_steps: optimizer steps (not accumulation steps).
 
-    Warm-up rises as n / (num_warmup_steps + 1) over updates n = 1 .. num_warmup_steps. Then update n has progress
-    (n - 1 - num_warmup_steps) / (num_steps - num_warmup_steps) from peak (0) to minimum (1), as transformers' schedules do: the curve reaches its
-    end with the last update, and no update is spent at the rate 0.
-    """
+    Warm-up rises as n / (num_warmup_steps + 1) over updates n = 1 .. num_warmup_steps. Then update n has progress (n - 1 -
+    num_warmup_steps) / (num_steps - num_warmup_steps) from peak (0) to minimum (1), as transformers' schedules do: the curve
+    reaches its end with the last update, and no update is spent at the rate 0."""
 
     peak: float
     minimum: float

@@ -1,8 +1,8 @@
 """Plays a schedule on one stage: takes what the neighbours send, computes, sends on.
 
-One path for first, middle and last stage: a missing neighbour is a missing link. Promises: gradients of the step are ADDED to ``.grad`` in
-micro-batch order; everything put has left when ``run`` returns. Left to others: dividing by the global target count (it comes in as ``scale``),
-replicas (data_parallel/), the optimizer.
+One path for first, middle and last stage: a missing neighbour is a missing link. Promises: gradients of the step are ADDED to
+``.grad`` in micro-batch order; everything put has left when ``run`` returns. Left to others: dividing by the global target count
+(it comes in as ``scale``), replicas (data_parallel/), the optimizer.
 
 Legend: B sequences of a micro-batch, T tokens, C width, M micro-batches.
 """
@@ -46,9 +46,9 @@ class PipelineEngine:
     ) -> Tensor:
         """One accumulation step: all forwards and backwards of ``micro_batches``, on all stages of the pipeline at once.
 
-        Returns on the last stage the SUM of ``scale`` * loss over the step's targets (float64 scalar), elsewhere 0. ``before_last_backward`` is
-        called right before the backward after which no gradient of this step changes any more. Raises PeerLost.
-        """
+        Returns on the last stage the SUM of ``scale`` * loss over the step's targets (float64 scalar), elsewhere 0.
+        ``before_last_backward`` is called right before the backward after which no gradient of this step changes any more. Raises
+        PeerLost."""
         loss = torch.zeros((), dtype=torch.float64, device=next(self._stage.parameters()).device)
         for link in (self._previous, self._following):
             if link is not None:

@@ -1,5 +1,7 @@
 """Cut L layers into S stages. Pure: ranges of layers in, ranges of layers out; every layer is covered, every stage gets one."""
 
+import itertools
+
 from user_error import UserError
 
 Cut = tuple[tuple[int, int], ...]  # stage s holds layers [first, last)
@@ -17,7 +19,7 @@ def even_cut(num_layers: int, num_stages: int) -> Cut:
         )
     base, longer = divmod(num_layers, num_stages)
     bounds = [s * base + min(s, longer) for s in range(num_stages + 1)]
-    return tuple(zip(bounds, bounds[1:], strict=False))
+    return tuple(itertools.pairwise(bounds))
 
 
 def cut_by_num_layers(num_layers: int, num_stages: int, layers_per_stage: int) -> Cut:
@@ -30,7 +32,8 @@ def cut_by_num_layers(num_layers: int, num_stages: int, layers_per_stage: int) -
         raise UserError(f"--num-layers must be at least 1; it is {layers_per_stage}. {fitting}")
     if layers_per_stage * num_stages < num_layers:
         raise UserError(
-            f"--num-layers x --pipeline-group-size must cover the model: {layers_per_stage} x {num_stages} = {layers_per_stage * num_stages} "
+            f"--num-layers x --pipeline-group-size must cover the model: {layers_per_stage} x {num_stages} = "
+            f"{layers_per_stage * num_stages} "
             f"of its {num_layers} layers. {fitting}"
         )
     if layers_per_stage * (num_stages - 1) >= num_layers:

@@ -1,8 +1,8 @@
 """The trainer's flags as one frozen dataclass. The only file of the house that knows of a command line.
 
-Lower rooms are handed values, never this object. ``parse_config`` gathers every problem that flags alone can have and raises them once; what needs the
-disk, the network or the model is checked where it is opened, still before any weight is loaded. ``python -m training.config`` prints docs/flags.md.
-"""
+Lower rooms are handed values, never this object. ``parse_config`` gathers every problem that flags alone can have and raises them
+once; what needs the disk, the network or the model is checked where it is opened, still before any weight is loaded. ``python -m
+training.config`` prints docs/flags.md."""
 
 import dataclasses
 import math
@@ -26,14 +26,26 @@ class Config:
     tokenizer_name: str | None = flag(None, "the tokenizer: a folder or hub name; left out: the one in --model-name", group=_MODEL)
     model_type: Literal["gptj"] = flag("gptj", "the family of the model; checked against its config.json", group=_MODEL)
     embedding_dim: int | None = flag(None, "width of the model, only checked; left out: as config.json says", group=_MODEL)
-    load_pretrained_model: bool = flag(True, "true: start from the model's weights; false: draw them, seeded by (--seed, parameter name)", group=_MODEL)
+    load_pretrained_model: bool = flag(
+        True, "true: start from the model's weights; false: draw them, seeded by (--seed, parameter name)", group=_MODEL
+    )
 
-    dist_url: str | None = flag(None, f"tcp://HOST:PORT where rank 0 listens and all meet; left out: torchrun's, else {DEFAULT_DIST_URL}", group=_MEETING)
+    dist_url: str | None = flag(
+        None, f"tcp://HOST:PORT where rank 0 listens and all meet; left out: torchrun's, else {DEFAULT_DIST_URL}", group=_MEETING
+    )
     rank: int | None = flag(None, "this process's number, 0 .. world size - 1; left out: RANK of the environment, else 0", group=_MEETING)
-    world_size: int | None = flag(None, "processes of the whole job; left out: WORLD_SIZE of the environment, else stages x replicas", group=_MEETING)
-    net_interface: str | None = flag(None, "the network interface for all traffic of this process; left out: the one that routes to --dist-url", group=_MEETING)
-    dp_backend: Literal["nccl", "gloo"] | None = flag(None, "transport of ALL links, between stages too; left out: nccl on CUDA, gloo on CPU", group=_MEETING)
-    rendezvous_timeout: float = flag(300.0, "seconds within which all ranks must have come, else the missing ones are named", group=_MEETING)
+    world_size: int | None = flag(
+        None, "processes of the whole job; left out: WORLD_SIZE of the environment, else stages x replicas", group=_MEETING
+    )
+    net_interface: str | None = flag(
+        None, "the network interface for all traffic of this process; left out: the one that routes to --dist-url", group=_MEETING
+    )
+    dp_backend: Literal["nccl", "gloo"] | None = flag(
+        None, "transport of ALL links, between stages too; left out: nccl on CUDA, gloo on CPU", group=_MEETING
+    )
+    rendezvous_timeout: float = flag(
+        300.0, "seconds within which all ranks must have come, else the missing ones are named", group=_MEETING
+    )
 
     pipeline_group_size: int = flag(1, "stages of the pipeline", group=_GRID)
     data_group_size: int | None = flag(None, "replicas of the pipeline; left out: world size / stages", group=_GRID)
@@ -41,23 +53,37 @@ class Config:
     pp_mode: Literal["gpipe"] = flag("gpipe", "the pipeline's schedule", group=_GRID)
     dp_mode: Literal["allreduce"] = flag("allreduce", "how replicas agree on gradients", group=_GRID)
 
-    task_name: str | None = flag(None, "what to train on: FILE[:WEIGHT],... (.jsonl, .jsonl.zst, paths or URLs, records with a text); weights are token "
-                                 "shares, 1.0 where left out, normalised. Read by rank 0 alone; required there", group=_DATA)  # fmt: skip
+    task_name: str | None = flag(
+        None,
+        "what to train on: FILE[:WEIGHT],... (.jsonl, .jsonl.zst, paths or URLs, records with a text); weights are token shares, "
+        "1.0 where left out, normalised. Read by rank 0 alone; required there",
+        group=_DATA,
+    )
     seq_length: int = flag(1024, "token ids per sequence; documents are packed into it and never see each other", group=_DATA)
-    on_bad_record: Literal["error", "skip"] = flag("error", "a malformed record stops the job, naming file:line, or is skipped and counted", group=_DATA)
-    allow_data_change: bool = flag(False, "resume although task list, seed, sequence length, tokenizer or batch changed: the data starts over", group=_DATA)
+    on_bad_record: Literal["error", "skip"] = flag(
+        "error", "a malformed record stops the job, naming file:line, or is skipped and counted", group=_DATA
+    )
+    allow_data_change: bool = flag(
+        False, "resume although task list, seed, sequence length, tokenizer or batch changed: the data starts over", group=_DATA
+    )
 
     batch_size: int = flag(8, "sequences per replica and accumulation step", group=_STEPS)
     micro_batch_size: int = flag(1, "sequences that go through a stage at once; divides --batch-size", group=_STEPS)
     gradient_accumulate_step: int = flag(1, "accumulation steps per optimizer step", group=_STEPS)
-    total_steps: int | None = flag(None, "accumulation steps of the whole run, earlier runs that it resumes included; required", group=_STEPS)
+    total_steps: int | None = flag(
+        None, "accumulation steps of the whole run, earlier runs that it resumes included; required", group=_STEPS
+    )
     warmup_steps: int | None = flag(None, "accumulation steps over which the learning rate rises; left out: 0", group=_STEPS)
     warmup_proportion: float | None = flag(None, "the same as a share of --total-steps, 0 .. 1", group=_STEPS)
 
-    optimizer: Literal["adam", "8bit-adam"] = flag("adam", "adam: AdamW, fused, fp32 (8bit-adam comes with a later version)", group=_OPTIMIZER)
+    optimizer: Literal["adam", "8bit-adam"] = flag(
+        "adam", "adam: AdamW, fused, fp32 (8bit-adam comes with a later version)", group=_OPTIMIZER
+    )
     lr: float = flag(1e-5, "peak learning rate", group=_OPTIMIZER)
     min_lr: float = flag(0.0, "learning rate at the end of the schedule", group=_OPTIMIZER)
-    lr_schedule: Literal["linear", "cosine", "constant"] = flag("linear", "how the rate falls after the warm-up, over optimizer steps", group=_OPTIMIZER)
+    lr_schedule: Literal["linear", "cosine", "constant"] = flag(
+        "linear", "how the rate falls after the warm-up, over optimizer steps", group=_OPTIMIZER
+    )
     weight_decay: float = flag(0.01, "decoupled decay, not on LayerNorms and biases", group=_OPTIMIZER)
     adam_beta1: float = flag(0.9, "decay of the first moment", group=_OPTIMIZER)
     adam_beta2: float = flag(0.999, "decay of the second moment", group=_OPTIMIZER)
@@ -66,11 +92,15 @@ class Config:
     fp16: bool = flag(False, "half precision with loss scaling (comes with a later version)", group=_OPTIMIZER)
     seed: int = flag(42, "seed of fresh weights and of the data order", group=_OPTIMIZER)
 
-    checkpoint_path: str | None = flag(None, "folder of this job's checkpoints and log, shared by all hosts; resumed from its newest step; required", group=_SAVING)
+    checkpoint_path: str | None = flag(
+        None, "folder of this job's checkpoints and log, shared by all hosts; resumed from its newest step; required", group=_SAVING
+    )
     checkpoint_steps: int = flag(0, "accumulation steps between checkpoints; 0: only the final one", group=_SAVING)
 
     logging_steps: int = flag(10, "accumulation steps between printed lines", group=_REPORT)
-    train_log_backend: Literal["print", "wandb"] = flag("print", "print, or Weights & Biases besides (WANDB_NAME, WANDB_MODE=offline are honoured)", group=_REPORT)
+    train_log_backend: Literal["print", "wandb"] = flag(
+        "print", "print, or Weights & Biases besides (WANDB_NAME, WANDB_MODE=offline are honoured)", group=_REPORT
+    )
     project_name: str = flag("geo-clm-trainer", "the Weights & Biases project", group=_REPORT)
     profiling: Literal["no-profiling", "tidy_profiling"] = flag("no-profiling", "tidy_profiling comes with a later version", group=_REPORT)
 
@@ -90,9 +120,9 @@ class Config:
 
 # May differ between the ranks of one job: who and where a process is, and paths, which each host may spell its own way.
 PER_RANK_FLAGS = frozenset(
-    {"rank", "world_size", "dist_url", "net_interface", "cuda_id", "num_threads", "rendezvous_timeout", "model_name", "tokenizer_name", "task_name",
-     "checkpoint_path", "train_log_backend", "project_name", "logging_steps", "device"}
-)  # fmt: skip
+    ["rank", "world_size", "dist_url", "net_interface", "cuda_id", "num_threads", "device", "rendezvous_timeout", "model_name", "tokenizer_name", "task_name", "checkpoint_path", "train_log_backend", "project_name", "logging_steps"]
+)
+_AT_LEAST_ONE = ["pipeline_group_size", "data_group_size", "num_layers", "world_size", "batch_size", "micro_batch_size", "gradient_accumulate_step", "total_steps", "logging_steps", "num_threads", "embedding_dim"]
 
 
 def shared_flags(config: Config) -> dict[str, Any]:
@@ -102,7 +132,10 @@ def shared_flags(config: Config) -> dict[str, Any]:
 
 def parse_config(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
     """Flags (and --config FILE.yaml) to a Config whose grid and steps fit. Raises one UserError with every problem found."""
-    config = _fill_in(parse_flags(Config, argv, "Fine-tune a causal language model over pipeline stages and replicas; start one process per device."), environment)
+    config = _fill_in(
+        parse_flags(Config, argv, "Fine-tune a causal language model over pipeline stages and replicas; start one process per device."),
+        environment,
+    )
     problems = [*_missing(config), *_not_yet(config), *_out_of_range(config), *_not_fitting(config)]
     if problems:
         raise UserError("\n".join(f"- {problem}" for problem in problems) if len(problems) > 1 else problems[0])
@@ -114,7 +147,10 @@ def _fill_in(config: Config, environment: Mapping[str, str]) -> Config:
     for name, variable in (("rank", "RANK"), ("world_size", "WORLD_SIZE"), ("cuda_id", "LOCAL_RANK")):
         if getattr(config, name) is None and variable in environment:
             if not environment[variable].isdigit():
-                raise UserError(f"{variable} of the environment must be a whole number; it is {environment[variable]!r}. Set it right or pass --{name.replace('_', '-')}")
+                raise UserError(
+                    f"{variable} of the environment must be a whole number; it is {environment[variable]!r}. Set it right or pass "
+                    f"--{name.replace('_', '-')}"
+                )
             found[name] = int(environment[variable])
     stages, replicas = config.pipeline_group_size, config.data_group_size
     world_size = found.get("world_size", config.world_size)
@@ -137,16 +173,17 @@ def _not_yet(config: Config) -> list[str]:
         (config.fp16, "--fp16 is not there yet: this version computes in fp32; leave it out"),
         (config.optimizer == "8bit-adam", "--optimizer 8bit-adam is not there yet; use --optimizer adam"),
         (config.profiling == "tidy_profiling", "--profiling tidy_profiling is not there yet; leave it out"),
-        (config.dp_backend == "nccl" and config.device == "cpu", "--dp-backend nccl carries CUDA tensors only, and --device is cpu; use --dp-backend gloo"),
+        (
+            config.dp_backend == "nccl" and config.device == "cpu",
+            "--dp-backend nccl carries CUDA tensors only, and --device is cpu; use --dp-backend gloo",
+        ),
     ]
     return [text for holds, text in later if holds]
 
 
 def _out_of_range(config: Config) -> list[str]:
     problems = []
-    at_least_one = ("pipeline_group_size", "data_group_size", "num_layers", "world_size", "batch_size", "micro_batch_size", "gradient_accumulate_step", "total_steps",
-                    "logging_steps", "num_threads", "embedding_dim")  # fmt: skip
-    for name in at_least_one:
+    for name in _AT_LEAST_ONE:
         value = getattr(config, name)
         if value is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')} must be at least 1; it is {value}")
@@ -172,10 +209,13 @@ def _not_fitting(config: Config) -> list[str]:
     problems = []
     stages, replicas, world_size = config.pipeline_group_size, config.data_group_size, config.world_size
     if replicas is None:
-        problems.append(f"the world size must be stages x replicas; --world-size {world_size} is no multiple of --pipeline-group-size {stages}")
+        problems.append(
+            f"the world size must be stages x replicas; --world-size {world_size} is no multiple of --pipeline-group-size {stages}"
+        )
     elif stages * replicas != world_size:
         problems.append(
-            f"--world-size must be --pipeline-group-size x --data-group-size; {world_size} is not {stages} x {replicas} = {stages * replicas}. "
+            f"--world-size must be --pipeline-group-size x --data-group-size; {world_size} is not {stages} x {replicas} = "
+            f"{stages * replicas}. "
             f"Start {stages * replicas} processes with --world-size {stages * replicas}, or change the grid"
         )
     if config.micro_batch_size >= 1 and config.batch_size % config.micro_batch_size:
@@ -183,7 +223,8 @@ def _not_fitting(config: Config) -> list[str]:
     if config.total_steps is not None and config.gradient_accumulate_step >= 1 and config.total_steps % config.gradient_accumulate_step:
         fitting = -(-config.total_steps // config.gradient_accumulate_step) * config.gradient_accumulate_step
         problems.append(
-            f"--total-steps counts accumulation steps and must be a multiple of --gradient-accumulate-step; {config.total_steps} is none of "
+            "--total-steps counts accumulation steps and must be a multiple of --gradient-accumulate-step; "
+            f"{config.total_steps} is none of "
             f"{config.gradient_accumulate_step}. Use {fitting}"
         )
     if config.warmup_steps is not None and config.warmup_proportion is not None:
@@ -201,5 +242,8 @@ def _not_fitting(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("# Flags of dist_clm_train.py\n\nMade by `python -m training.config > docs/flags.md`. Any of them can stand in `--config FILE.yaml` by name.\n")
+    print(
+        "# Flags of dist_clm_train.py\n\nMade by `python -m training.config > docs/flags.md`. Any of them can stand in "
+        "`--config FILE.yaml` by name.\n"
+    )
     print(describe_flags(Config), end="")

@@ -32,30 +32,51 @@ def load_text_encoder(config: Config, model_folder: Path, num_rows: int) -> Text
     folder = resolve_model_folder(config.tokenizer_name) if config.tokenizer_name is not None else model_folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what transformers raises for an absent or broken tokenizer
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # what transformers raises for an absent or broken tokenizer
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the folder {folder} must hold a tokenizer that transformers can load ({reason}). Name one with --tokenizer-name") from error
+        raise UserError(
+            f"the folder {folder} must hold a tokenizer that transformers can load ({reason}). Name one with --tokenizer-name"
+        ) from error
     num_ids = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
     if num_ids > num_rows:
-        raise UserError(f"the tokenizer must not have more ids than the model has rows; {folder} has {num_ids}, the model {num_rows}. Use the model's own tokenizer")
+        raise UserError(
+            f"the tokenizer must not have more ids than the model has rows; {folder} has {num_ids}, the model {num_rows}. Use "
+            "the model's own tokenizer"
+        )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"every document ends with EOS, and the tokenizer in {folder} has no eos_token. Add it to its tokenizer_config.json")
+        raise UserError(
+            f"every document ends with EOS, and the tokenizer in {folder} has no eos_token. Add it to its tokenizer_config.json"
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()
         fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
         return TextEncoder(
-            encode=lambda text: list(backend.encode(text, add_special_tokens=False).ids), eos_token_id=tokenizer.eos_token_id, fingerprint=fingerprint, folder=folder
+            encode=lambda text: list(backend.encode(text, add_special_tokens=False).ids),
+            eos_token_id=tokenizer.eos_token_id,
+            fingerprint=fingerprint,
+            folder=folder,
         )
     fingerprint = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     return TextEncoder(
-        encode=lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), eos_token_id=tokenizer.eos_token_id, fingerprint=fingerprint, folder=folder
+        encode=lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        eos_token_id=tokenizer.eos_token_id,
+        fingerprint=fingerprint,
+        folder=folder,
     )
 
 
 def data_identity(config: Config, encoder: TextEncoder) -> dict[str, Any]:
-    """What decides which tokens step n sees, by the name to tell the user. Files may move: their sizes are checked with the data position."""
+    """What decides which tokens step n sees, by the name to tell the user. Files may move: their sizes are checked with the data
+    position.
+    """
     assert config.task_name is not None and config.data_group_size is not None, "parse_config requires them on rank 0"
     return {
         "--task-name": [[Path(task.path).name, task.weight] for task in parse_task_list(config.task_name)],

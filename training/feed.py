@@ -1,7 +1,8 @@
 """Token ids on their way from the one reader to every rank, one optimizer step ahead.
 
-Rank 0 alone reads data, so files are needed on one host and the order of sequences does not depend on the grid. While step n computes, the ids of step
-n + 1 travel (16 KB per 2048 tokens), to every stage: the first needs ids, the last targets, all of them where documents begin.
+Rank 0 alone reads data, so files are needed on one host and the order of sequences does not depend on the grid. While step n
+computes, the ids of step n + 1 travel (16 KB per 2048 tokens), to every stage: the first needs ids, the last targets, all of them
+where documents begin.
 
 Sequence i of an optimizer step belongs to accumulation step i // (R*N), replica (i // N) % R, place i % N in that replica's batch.
 
@@ -62,7 +63,9 @@ class TokenFeed:
         self._coming = self._send() if self._reader is not None else self._receive()
 
     def next(self) -> StepFeed | None:
-        """The step that is due; the one after it is sent meanwhile. None, on all ranks, if the data cannot go on (``error`` on rank 0 says why)."""
+        """The step that is due; the one after it is sent meanwhile. None, on all ranks, if the data cannot go on (``error`` on rank
+        0 says why).
+        """
         assert self._coming is not None, "start() comes first"
         due = self._coming()
         if due.num_targets == 0:
@@ -80,7 +83,10 @@ class TokenFeed:
             step = self._reader.next()
             tokens, num_targets, state, wait = step.tokens, step.num_targets, step.state, step.data_wait_s
             if num_targets == 0:
-                raise UserError("an optimizer step needs at least one target token; all documents of this one are a single token long. Give longer texts")
+                raise UserError(
+                    "an optimizer step needs at least one target token; all documents of this one are a single token long. Give "
+                    "longer texts"
+                )
         except UserError as error:
             self.error = error
             tokens, num_targets, state, wait = np.zeros((a * self._place.dp_size * n, 2, t), np.int32), 0, None, 0.0

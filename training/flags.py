@@ -1,8 +1,8 @@
-"""From a frozen dataclass to a command line: every field declared with ``flag(...)`` becomes a flag, a YAML key and a line of documentation.
+"""From a frozen dataclass to a command line: every field declared with ``flag(...)`` becomes a flag, a YAML key and a line of
+documentation.
 
-One declaration, so that a flag cannot exist without help, type and default. Command line and ``--config FILE.yaml`` go through the same parser: the
-file's entries are put before the command line's, which therefore win.
-"""
+One declaration, so that a flag cannot exist without help, type and default. Command line and ``--config FILE.yaml`` go through
+the same parser: the file's entries are put before the command line's, which therefore win."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,9 @@ def flag_name(field_name: str) -> str:
 
 
 def parse_flags(settings: type[Settings], argv: Sequence[str], description: str) -> Settings:
-    """An instance of ``settings`` (a dataclass whose fields are flags) from a command line. Raises UserError for anything it does not understand."""
+    """An instance of ``settings`` (a dataclass whose fields are flags) from a command line. Raises UserError for anything it does
+    not understand.
+    """
     parser = _parser(settings, description)
     config_file = _config_file_in(argv)
     from_file = _argv_of_yaml(config_file, settings) if config_file is not None else []
@@ -98,7 +100,9 @@ def _argv_of_yaml(path: Path, settings: type) -> list[str]:
         name = str(key).lstrip("-").replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"{path}: {key!r} is not a flag" + (f"; did you mean {near[0].replace('_', '-')!r}?" if near else "; see --help"))
+            raise UserError(
+                f"{path}: {key!r} is not a flag" + (f"; did you mean {near[0].replace('_', '-')!r}?" if near else "; see --help")
+            )
         if isinstance(value, (list, dict)):
             raise UserError(f"{path}: {key!r} must be one value as on the command line, not a {type(value).__name__}")
         if value is not None:

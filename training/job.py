@@ -1,9 +1,9 @@
 """From flags to a job whose ranks have met: every rank knows its place, its device and its peers, and hears when one of them is gone.
 
-Order matters. First what this rank can check alone (interface, device, the model's headers); then the hub, where a problem of one rank reaches all of
-them; only then process groups. Nothing here reads a weight. Promises: every failure is one UserError, alike in meaning on all ranks, before
-anything was written; after meet() a lost peer ends this process within moments, whatever it is doing.
-"""
+Order matters. First what this rank can check alone (interface, device, the model's headers); then the hub, where a problem of one
+rank reaches all of them; only then process groups. Nothing here reads a weight. Promises: every failure is one UserError, alike
+in meaning on all ranks, before anything was written; after meet() a lost peer ends this process within moments, whatever it is
+doing."""
 
 import contextlib
 import logging
@@ -78,22 +78,27 @@ def look_around(config: Config) -> LocalFacts:
     model_config = GPTJConfig.from_hf(model.config)
     check_model_folder(model, model_config)
     if config.embedding_dim not in (None, model_config.width):
-        raise UserError(f"--embedding-dim must be the model's width; it is {config.embedding_dim}, config.json says {model_config.width}. Leave it out")
+        raise UserError(
+            f"--embedding-dim must be the model's width; it is {config.embedding_dim}, config.json says {model_config.width}. Leave it out"
+        )
     if config.seq_length > model_config.num_positions:
-        raise UserError(f"--seq-length must not exceed the model's positions; it is {config.seq_length}, config.json says {model_config.num_positions}")
+        raise UserError(
+            f"--seq-length must not exceed the model's positions; it is {config.seq_length}, config.json says {model_config.num_positions}"
+        )
     if config.num_layers is None:
         cut = even_cut(model_config.num_layers, place.pp_size)
     else:
         cut = cut_by_num_layers(model_config.num_layers, place.pp_size, config.num_layers)
-    return LocalFacts(
-        place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut
-    )
+    return LocalFacts(place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut)
 
 
 def _device_and_backend(config: Config) -> tuple[torch.device, str]:
     has_cuda = torch.cuda.is_available() if config.device != "cpu" else False
     if config.device == "cuda" and not has_cuda:
-        raise UserError("--device cuda needs a GPU that torch can use; torch.cuda.is_available() is false. Install the CUDA build of torch, or use --device cpu")
+        raise UserError(
+            "--device cuda needs a GPU that torch can use; torch.cuda.is_available() is false. Install the CUDA build of "
+            "torch, or use --device cpu"
+        )
     backend = config.dp_backend or ("nccl" if has_cuda else "gloo")
     if not has_cuda:
         if backend == "nccl":
@@ -164,9 +169,7 @@ def meet(config: Config) -> Iterator[Job]:
         hub.close()
 
 
-def _form(
-    config: Config, facts: LocalFacts, roster: list[dict[str, Any]], store: dist.Store, lifeline: Lifeline, spans: Spans
-) -> Job:
+def _form(config: Config, facts: LocalFacts, roster: list[dict[str, Any]], store: dist.Store, lifeline: Lifeline, spans: Spans) -> Job:
     own = roster[facts.place.rank]
     ranks_here = sum(entry["host_id"] == own["host_id"] for entry in roster)
     num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
@@ -246,14 +249,17 @@ def _door_from_agent(door: Door, timeout: timedelta) -> Door:
     try:
         host, _, port = agent_store(door, timeout).get("hub").decode().rpartition(":")
     except dist.DistError as error:
-        raise UserError(f"rank 0 must announce itself through torchrun's store at {door} within {timeout.total_seconds():.0f} s; it did not ({error})") from error
+        raise UserError(
+            f"rank 0 must announce itself through torchrun's store at {door} within {timeout.total_seconds():.0f} s; it did not ({error})"
+        ) from error
     return Door(host=host, port=int(port))
 
 
 def _end_process(place: Place, spans: Spans, text: str) -> None:
     """Called on the lifeline's thread. The main thread may hang in a wait that nothing can cancel, so the process ends here and now."""
     log.error(
-        "%s This was noticed during %s on %s. The job cannot go on; start it again with the same command and it resumes from its newest checkpoint.",
+        "%s This was noticed during %s on %s. The job cannot go on; start it again with the same command and it resumes "
+        "from its newest checkpoint.",
         text if text.endswith(".") else text + ".",
         spans.in_words,
         place.in_words,

@@ -1,9 +1,9 @@
 """The meeting place: one optimizer step after the other, from a formed job to the final checkpoint.
 
-One step: tokens arrive -> the engine plays the schedule once per accumulation step -> buckets are summed over replicas while the last backward runs -> one
-reduction decides skip and clip alike on all ranks -> update -> log -> checkpoint when due. ``step`` counts accumulation steps wherever the user
-sees it; saves and the end fall on optimizer-step boundaries, at or after the step that was asked for.
-"""
+One step: tokens arrive -> the engine plays the schedule once per accumulation step -> buckets are summed over replicas while the
+last backward runs -> one reduction decides skip and clip alike on all ranks -> update -> log -> checkpoint when due. ``step``
+counts accumulation steps wherever the user sees it; saves and the end fall on optimizer-step boundaries, at or after the step
+that was asked for."""
 
 import dataclasses
 import logging
@@ -16,19 +16,14 @@ from typing import Any
 import torch
 
 from checkpoint.model_folder import load_stage
-from comms.groups import PairGroups
-from comms.links import Link, ProcessGroupLink
-from data_parallel.allreduce import GradientBuckets
-from modules.lm_ops import Segments
-from modules.stage import Stage, draw_parameter, empty_stage, layer_keys
+from modules.stage import draw_parameter, empty_stage
 from optim.build import AdamSettings, AdamW
-from optim.decide import StepDecision, decide_step, layer_square
+from optim.decide import StepDecision
 from optim.schedule import LearningRate
-from pipeline_parallel.engine import MicroBatch, PipelineEngine
-from pipeline_parallel.schedule import order
 from training.config import Config
 from training.data import start_reader
 from training.feed import StepFeed, TokenFeed
+from training.gradient import GlobalGradient
 from training.job import Job
 from training.opening import describe_run
 from training.report import Report
@@ -38,7 +33,6 @@ from user_error import UserError
 
 log = logging.getLogger("trainer")
 
-LINK_DEPTH = 4  # receives posted ahead; more buys nothing once a round trip is covered
 MAX_SKIPPED_IN_A_ROW = 10
 
 
@@ -73,9 +67,18 @@ class Trainer:
         self._stage = empty_stage(job.model_config, first, last, device=job.device)
         self._optimizer = AdamW(dict(self._stage.named_parameters()), _adam_settings(config))
         self._load(start)
-        self._buckets = GradientBuckets(self._stage.parameters_by_layer(), groups=job.groups.replicas, spans=job.spans)
-        self._engine = _build_engine(job, config, self._stage)
-        self._actions = order(config.pp_mode, config.batch_size // config.micro_batch_size)
+        self._gradient = GlobalGradient(
+            place=job.place,
+            groups=job.groups,
+            stage=self._stage,
+            spans=job.spans,
+            peer_names=[f"{job.place.at(rank).in_words} on host {entry['host']}" for rank, entry in enumerate(job.roster)],
+            pp_mode=config.pp_mode,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            seq_length=config.seq_length,
+            clip_grad_norm=config.clip_grad_norm,
+        )
         self._learning_rate = _learning_rate(config, self._num_updates)
         self._reader = start_reader(config, desk.mixture) if desk is not None else None
         self._feed = TokenFeed(
@@ -157,41 +160,18 @@ class Trainer:
             self._save()
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, up to step {self._step}; none of them changed the "
+                f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, up to step "
+                f"{self._step}; none of them changed the "
                 "weights. Lower --lr, lengthen the warm-up, or look at the data, and start again from the newest checkpoint"
             )
 
     def _update(self, feed: StepFeed, learning_rate: float) -> StepDecision:
         """Gradients of the whole global batch, then the one decision, then the update (or none)."""
-        job, config = self._job, self._config
-        loss = torch.zeros((), dtype=torch.float64, device=job.device)
-        for a in range(self._accumulate):
-            is_last = a == self._accumulate - 1
-            loss += self._engine.run(
-                self._actions,
-                _micro_batches(feed.tokens[a], config.micro_batch_size, job.device),
-                scale=1.0 / feed.num_targets,
-                before_last_backward=self._buckets.arm if is_last else None,
-            )
-        self._buckets.finish()
-        squares = {key: layer_square(flats) for key, flats in self._buckets.flat_gradients()} if job.place.dp == 0 else {}
-        with job.spans.span("agreeing on the step"):
-            decision = decide_step(
-                place=job.place,
-                layers=layer_keys(job.model_config.num_layers),
-                squares=squares,
-                loss=loss.item(),
-                clip_grad_norm=config.clip_grad_norm,
-                device=job.device,
-            )
-        with job.spans.span("update"):
+        decision = self._gradient.compute(feed.tokens, feed.num_targets)
+        with self._job.spans.span("update"):
             if not decision.skip:
-                if decision.clip_factor < 1.0:
-                    for _, flats in self._buckets.flat_gradients():
-                        for flat in flats:
-                            flat.mul_(decision.clip_factor)
                 self._optimizer.step(learning_rate)
-            self._buckets.zero()
+            self._gradient.forget()
         return decision
 
     def _save(self) -> None:
@@ -209,7 +189,13 @@ class Trainer:
                 }
                 copy_from = [self._job.model.path, self._desk.encoder.folder]
             save_step(
-                self._job, root=self._root, step=self._step, stage=self._stage, optimizer=self._optimizer, trainer=trainer, copy_from=copy_from
+                self._job,
+                root=self._root,
+                step=self._step,
+                stage=self._stage,
+                optimizer=self._optimizer,
+                trainer=trainer,
+                copy_from=copy_from,
             )
         self._saved_step = self._step
 
@@ -223,38 +209,6 @@ class Trainer:
             reason = UserError("rank 0 ended the data; see its output")
         kept = f" Everything up to step {self._step} is saved." if self._step > 0 else ""
         raise UserError(f"{reason}{kept}")
-
-
-def _micro_batches(tokens: torch.Tensor, micro_batch_size: int, device: torch.device) -> list[MicroBatch]:
-    """tokens (N, 2, T) int32 of one accumulation step to N / micro_batch_size micro-batches on ``device``."""
-    return [
-        MicroBatch(piece[:, 0].long().to(device), Segments.from_positions(piece[:, 1]).to(device)) for piece in tokens.split(micro_batch_size)
-    ]
-
-
-def _build_engine(job: Job, config: Config, stage: Stage) -> PipelineEngine:
-    num_micro_batches = config.batch_size // config.micro_batch_size
-
-    def link(groups: PairGroups | None, peer: int, is_next: bool) -> Link | None:
-        if groups is None:
-            return None
-        return ProcessGroupLink(
-            send_group=groups.activations if is_next else groups.gradients,
-            recv_group=groups.gradients if is_next else groups.activations,
-            peer=peer,
-            peer_in_words=f"{job.place.at(peer).in_words} on host {job.roster[peer]['host']}",
-            shape=(config.micro_batch_size, config.seq_length, job.model_config.width),
-            dtype=torch.float32,
-            device=job.device,
-            depth=min(LINK_DEPTH, num_micro_batches),
-        )
-
-    return PipelineEngine(
-        stage=stage,
-        previous=link(job.groups.to_previous, job.place.rank - 1, is_next=False),
-        following=link(job.groups.to_next, job.place.rank + 1, is_next=True),
-        spans=job.spans,
-    )
 
 
 def _adam_settings(config: Config) -> AdamSettings:

@@ -6,9 +6,9 @@ import torch
 
 from modules.stage import meta_stage
 from training.config import Config
+from training.flags import flag_name
 from training.job import Job
 from training.report import table
-from training.flags import flag_name
 
 
 def describe_run(config: Config, job: Job, first_step: int) -> str:
@@ -20,7 +20,9 @@ def describe_run(config: Config, job: Job, first_step: int) -> str:
         f"({job.interface.address}), rank 0 on {where}",
         f"starting at step {first_step} of {config.total_steps}",
         "configuration:",
-        table([("flag", "value"), *((flag_name(name), str(value)) for name, value in dataclasses.asdict(config).items() if value is not None)]),
+        table(
+            [("flag", "value"), *((flag_name(name), str(value)) for name, value in dataclasses.asdict(config).items() if value is not None)]
+        ),
         "cut:",
         table([("stage", "layers", "parameters", "fp32 bytes"), *_cut_rows(job)]),
         "precisions:",
@@ -45,6 +47,10 @@ def _precisions(job: Job) -> list[tuple[str, ...]]:
         ("parameters", "fp32", f"computed with directly; files keep the model folder's {stored}"),
         ("compute", "fp32", "this version computes in fp32 on every device"),
         ("gradients", "fp32", "as computed; squared norms are summed in fp64"),
-        ("masters", "fp32", "the parameters themselves" + ("" if stored == "float32" else f", saved beside the {stored} files so that a resume is exact")),
+        (
+            "masters",
+            "fp32",
+            "the parameters themselves" + ("" if stored == "float32" else f", saved beside the {stored} files so that a resume is exact"),
+        ),
         ("wire", "fp32", "as computed: what stages and replicas exchange is not rounded"),
     ]

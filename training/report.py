@@ -1,8 +1,8 @@
 """What a run says of itself: log records tagged with their place, a live progress line, train_log.jsonl, Weights & Biases.
 
-Promises: ``<checkpoint-path>/train_log.jsonl`` gets one complete line per optimizer step, flushed, with all digits of the loss; rows of steps that are done again
-after a resume are appended, never rewritten. Only rank 0 writes it and talks to Weights & Biases.
-"""
+Promises: ``<checkpoint-path>/train_log.jsonl`` gets one complete line per optimizer step, flushed, with all digits of the loss;
+rows of steps that are done again after a resume are appended, never rewritten. Only rank 0 writes it and talks to Weights &
+Biases."""
 
 import json
 import logging

@@ -1,8 +1,8 @@
 """Checkpoints as a job of many ranks: who writes what, who waits for whom, and where a run resumes.
 
-Replica 0 writes, each stage its own layers; rank 0 makes the folder, waits for all stages' records and commits. The ranks talk through the store only, so
-nothing here is a collective of the device. What training reads (fp32 parameters, moments, data position) is what is saved, keyed by layer.
-"""
+Replica 0 writes, each stage its own layers; rank 0 makes the folder, waits for all stages' records and commits. The ranks talk
+through the store only, so nothing here is a collective of the device. What training reads (fp32 parameters, moments, data
+position) is what is saved, keyed by layer."""
 
 import json
 import logging
@@ -51,13 +51,20 @@ def find_resume_point(root: Path, model_config: GPTJConfig) -> ResumePoint | Non
     saved = ModelFolder.open(folder)
     if saved.config.get("model_type") != model_config.model_type:
         raise UserError(
-            f"a run resumes its own model; {folder} is a checkpoint of model type {saved.config.get('model_type')!r}, --model-name is {model_config.model_type!r}. "
+            f"a run resumes its own model; {folder} is a checkpoint of model type {saved.config.get('model_type')!r}, "
+            f"--model-name is {model_config.model_type!r}. "
             "Use another --checkpoint-path"
         )
     saved_config = GPTJConfig.from_hf(saved.config)
-    differing = [f"{name} {value} and {getattr(model_config, name)}" for name, value in asdict(saved_config).items() if value != getattr(model_config, name)]
+    differing = [
+        f"{name} {value} and {getattr(model_config, name)}"
+        for name, value in asdict(saved_config).items()
+        if value != getattr(model_config, name)
+    ]
     if differing:
-        raise UserError(f"a run resumes its own model; {folder} and --model-name differ in {', '.join(differing)}. Use another --checkpoint-path")
+        raise UserError(
+            f"a run resumes its own model; {folder} and --model-name differ in {', '.join(differing)}. Use another --checkpoint-path"
+        )
     trainer = read_trainer_state(folder)
     return ResumePoint(folder=folder, step=trainer["step"], trainer=trainer)
 

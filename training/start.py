@@ -1,7 +1,8 @@
-"""What must be settled before any weight is loaded: rank 0 looks at folder, tokenizer, data and earlier checkpoints, and tells everybody the outcome.
+"""What must be settled before any weight is loaded: rank 0 looks at folder, tokenizer, data and earlier checkpoints, and tells
+everybody the outcome.
 
-Promises: when agree() returns, all ranks know the same starting point; a UserError of rank 0 has reached the others through the hub instead.
-"""
+Promises: when agree() returns, all ranks know the same starting point; a UserError of rank 0 has reached the others through the
+hub instead."""
 
 import json
 import logging
@@ -22,7 +23,9 @@ log = logging.getLogger("trainer")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Equal on all ranks. resume_folder: name of the step folder inside --checkpoint-path, None for a fresh run; counters as of that step."""
+    """Equal on all ranks. resume_folder: name of the step folder inside --checkpoint-path, None for a fresh run; counters as of that
+    step.
+    """
 
     lock_token: str
     resume_folder: str | None
