@@ -1,0 +1,1 @@
+"""Training text: which task each sequence is drawn from, how its documents are read, packed, and prepared one step ahead."""

@@ -1,0 +1,83 @@
+"""Training state: bit for bit what was saved, at any cut, and strict."""
+
+import math
+
+import pytest
+import torch
+from checkpoint_helpers import adamw_state, as_bytes, hf_model, loaded_stage, save_hf, save_step, write_json
+from safetensors.torch import load_file, save_file
+
+from checkpoint.train_state import load_train_state, pack_train_state, read_trainer_state
+from user_error import UserError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_moments_steps_and_masters_come_back_bit_for_bit_at_any_cut(dtype, tmp_path):
+    model = save_hf(hf_model(3, dtype), tmp_path / "model")
+    stage = loaded_stage(model)
+    state = adamw_state(stage, num_steps=3)
+    masters = {name: parameter.detach() for name, parameter in stage.named_parameters()}
+    step = save_step(tmp_path / "run", 3, model, stage, state)
+    loaded = {}
+    for first, last in ((0, 2), (2, 3)):
+        part = load_train_state(step, loaded_stage(step, first, last))
+        assert part.keys().isdisjoint(loaded)
+        loaded |= part
+    assert loaded.keys() == masters.keys()
+    for name, tensors in loaded.items():
+        expected = {**state[name], **({"master": masters[name]} if dtype != torch.float32 else {})}
+        assert tensors.keys() == expected.keys()
+        for kind, tensor in tensors.items():
+            assert tensor.dtype == torch.float32
+            assert tensor.shape == expected[kind].shape
+            assert torch.equal(as_bytes(tensor), as_bytes(expected[kind])), f"{kind} of {name}"
+            assert tensor.data_ptr() % 64 == 0
+
+
+def test_masters_hold_what_the_weight_file_rounds_away(tmp_path):
+    model = save_hf(hf_model(1, torch.float16), tmp_path / "model")
+    stage = loaded_stage(model)
+    adamw_state(stage, num_steps=1)
+    step = save_step(tmp_path / "run", 1, model, stage)
+    weight = dict(stage.named_parameters())["lm_head.weight"].detach()
+    stored = load_file(step / "lm_head.safetensors")["lm_head.weight"]
+    assert stored.dtype == torch.float16
+    assert torch.equal(stored, weight.half())
+    assert not torch.equal(stored.float(), weight)
+    assert torch.equal(load_train_state(step, stage)["lm_head.weight"]["master"], weight)
+
+
+def test_a_parameter_without_an_update_yet_is_stored_as_adamw_starts(tmp_path):
+    packed = pack_train_state({"w": torch.ones(3)}, {"w": {}}, {"w": torch.float32})
+    assert packed.keys() == {"exp_avg/w", "exp_avg_sq/w", "step/w"}
+    assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in packed.values())
+
+
+def test_missing_extra_and_misshapen_state_is_listed_in_one_message(tmp_path):
+    model = save_hf(hf_model(1), tmp_path / "model")
+    stage = loaded_stage(model)
+    step = save_step(tmp_path / "run", 1, model, stage)
+    file = step / "train_state" / "lm_head.safetensors"
+    tensors = load_file(file)
+    del tensors["exp_avg/lm_head.bias"]
+    tensors |= {"exp_avg/other": torch.ones(1), "step/lm_head.bias": torch.ones(2), "exp_avg_sq/lm_head.bias": torch.ones(64).half()}
+    save_file(tensors, file)
+    expected = r"missing \(1\): exp_avg/lm_head.bias; .*extra \(1\): exp_avg/other; .*wrong shape or dtype \(2\): exp_avg_sq/lm_head.bias, step/lm_head.bias"
+    with pytest.raises(UserError, match=rf"lm_head.safetensors: {expected}"):
+        load_train_state(step, stage)
+    file.unlink()
+    with pytest.raises(UserError, match=r"missing: .*train_state/lm_head.safetensors"):
+        load_train_state(step, stage)
+
+
+def test_the_trainer_state_keeps_every_digit_and_its_format_is_checked(tmp_path):
+    (tmp_path / "train_state").mkdir()
+    path = tmp_path / "train_state" / "trainer.json"
+    write_json(path, {"format": 1, "loss": math.pi})
+    assert read_trainer_state(tmp_path) == {"loss": math.pi}
+    write_json(path, {"format": 2})
+    with pytest.raises(UserError, match="written by another version"):
+        read_trainer_state(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="has no trainer.json"):
+        read_trainer_state(tmp_path)

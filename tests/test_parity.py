@@ -1,0 +1,190 @@
+"""The model and its gradient are what Hugging Face computes."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import example_tokens, run_ranks
+from safetensors.torch import load_file, save_file
+from transformers import GPTJForCausalLM
+
+from checkpoint.model_folder import ModelFolder, load_stage
+from comms.groups import join_process_group, make_groups
+from comms.place import place_of
+from comms.spans import Spans
+from modules.gptj import GPTJConfig
+from modules.lm_ops import IGNORED_TARGET, Segments, chunked_cross_entropy, next_token_targets
+from modules.stage import Stage, empty_stage
+from pipeline_parallel.partition import even_cut
+from training.gradient import GlobalGradient
+from training.job import COLLECTIVE_TIMEOUT
+
+SEQ_LENGTH, NUM_SEQUENCES, CLIP = 24, 16, 0.05
+
+
+def load(folder: Path, first: int = 0, last: int | None = None) -> Stage:
+    opened = ModelFolder.open(folder)
+    config = GPTJConfig.from_hf(opened.config)
+    stage = empty_stage(config, first, config.num_layers if last is None else last)
+    load_stage(stage, opened)
+    return stage
+
+
+def hf_loss_sum(model: GPTJForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Summed loss with every document run through the model on its own."""
+    total = torch.zeros(())
+    for ids, positions in tokens.long():
+        starts = (positions == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            if end - start > 1:
+                document = ids[None, start:end]
+                total = total + model(document, labels=document).loss * (end - start - 1)
+    return total
+
+
+def test_own_gptj_equals_hf_in_logits_and_every_gradient(model_folder: Path) -> None:
+    ours, theirs = load(model_folder), GPTJForCausalLM.from_pretrained(model_folder)
+    ids = torch.randint(0, 320, (3, 64), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(64).expand(3, 64)
+    hidden = ours(ids, Segments.from_positions(positions))
+    reference = theirs(ids, labels=ids)
+    assert (ours.logits(hidden) - reference.logits).abs().max() <= 1e-5
+    targets = next_token_targets(ids, positions)
+    loss = ours.loss_sum(hidden, targets, 1 / (3 * 63))
+    torch.testing.assert_close(loss.item(), reference.loss.item(), rtol=1e-6, atol=0)
+    loss.backward()
+    reference.loss.backward()
+    expected = dict(theirs.named_parameters())
+    assert set(expected) == {name for name, _ in ours.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        difference = (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm()
+        assert difference <= 1e-5, f"{name}: {difference}"
+
+
+def test_a_document_of_a_packed_sequence_never_sees_another(model_folder: Path) -> None:
+    ours, theirs = load(model_folder), GPTJForCausalLM.from_pretrained(model_folder)
+    tokens, num_targets = example_tokens(6, SEQ_LENGTH, 320)
+    ids, positions = tokens[:, 0].long(), tokens[:, 1].long()
+    loss = ours.loss_sum(ours(ids, Segments.from_positions(positions)), next_token_targets(ids, positions))
+    assert (next_token_targets(ids, positions) != IGNORED_TARGET).sum() == num_targets
+    torch.testing.assert_close(loss.item(), hf_loss_sum(theirs, tokens).item(), rtol=1e-6, atol=0)
+
+
+def test_chunked_loss_equals_the_naive_one_for_any_number_of_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, ignored in ((1, 0), (255, 3), (256, 0), (700, 200), (5, 5)):
+        hidden = torch.randn(rows, 8, generator=generator, requires_grad=True)
+        weight = torch.randn(50, 8, generator=generator, requires_grad=True)
+        bias = torch.randn(50, generator=generator, requires_grad=True)
+        targets = torch.randint(0, 50, (rows,), generator=generator)
+        targets[:ignored] = IGNORED_TARGET
+        naive = torch.nn.functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum", ignore_index=IGNORED_TARGET)
+        expected = torch.autograd.grad(2.5 * naive, (hidden, weight, bias))
+        loss = chunked_cross_entropy(hidden, weight, bias, targets, scale=0.5)
+        seen = torch.autograd.grad(5.0 * loss, (hidden, weight, bias))
+        torch.testing.assert_close(loss.float(), 0.5 * naive, rtol=1e-5, atol=1e-6)
+        for one, other in zip(seen, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8)
+    loss = chunked_cross_entropy(hidden, weight, None, torch.tensor([1, 2, IGNORED_TARGET, 3]))
+    loss.backward()
+    assert weight.grad is None
+    assert hidden.grad is not None and hidden.grad[2].abs().sum() == 0 and hidden.grad[3].abs().sum() > 0
+
+
+def single_process_gradient(folder: Path, tokens: torch.Tensor, num_targets: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Clipped gradient and norm of the mean loss over all targets, by plain autograd on the whole model."""
+    stage = load(folder)
+    ids, positions = tokens[:, 0].long(), tokens[:, 1].long()
+    stage.loss_sum(stage(ids, Segments.from_positions(positions)), next_token_targets(ids, positions), 1 / num_targets).backward()
+    norm = torch.nn.utils.clip_grad_norm_(stage.parameters(), CLIP)
+    return {name: parameter.grad for name, parameter in stage.named_parameters()}, float(norm)  # type: ignore[misc]
+
+
+def write_grid_gradients(folder: Path, out: Path, stages: int, replicas: int, tokens: torch.Tensor, num_targets: int) -> None:
+    """In stages x replicas ranks: the gradient for every number of micro-batches and accumulation steps, each rank its own file."""
+
+    def rank_main(rank: int, store: dist.Store) -> None:
+        place = place_of(rank, dp_size=replicas, pp_size=stages)
+        join_process_group(place, store, "gloo", COLLECTIVE_TIMEOUT)
+        groups = make_groups(place, "gloo", COLLECTIVE_TIMEOUT)
+        for micro_batches, accumulation in itertools.product((1, 2, 4), (1, 2)):
+            stage = load(folder, *even_cut(4, stages)[place.pp])
+            batch_size = NUM_SEQUENCES // (replicas * accumulation)
+            gradient = GlobalGradient(
+                place=place, groups=groups, stage=stage, spans=Spans(), peer_names=[f"rank {r}" for r in range(stages * replicas)], pp_mode="gpipe",
+                batch_size=batch_size, micro_batch_size=batch_size // micro_batches, seq_length=SEQ_LENGTH, clip_grad_norm=CLIP,
+            )  # fmt: skip
+            share = tokens.view(accumulation, replicas, batch_size, 2, SEQ_LENGTH)[:, place.dp]
+            decision = gradient.compute(share, num_targets)
+            found = {name: parameter.grad.clone() for name, parameter in stage.named_parameters()}  # type: ignore[union-attr]
+            found["decision"] = torch.tensor([decision.loss, decision.grad_norm, decision.clip_factor], dtype=torch.float64)
+            save_file(found, out / f"s{stages}_r{replicas}_m{micro_batches}_a{accumulation}_rank{rank}.safetensors")
+            gradient.forget()
+            assert all(not parameter.grad.any() for parameter in stage.parameters())  # type: ignore[union-attr]
+
+    run_ranks(rank_main, stages * replicas, out)
+
+
+@pytest.fixture(scope="module")
+def grids(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, int]:
+    out = tmp_path_factory.mktemp("grids")
+    tokens, num_targets = example_tokens(NUM_SEQUENCES, SEQ_LENGTH, 320)
+    for stages, replicas in itertools.product((1, 2, 4), (1, 2)):
+        write_grid_gradients(model_folder, out, stages, replicas, tokens, num_targets)
+    return out, tokens, num_targets
+
+
+def gradients_of(out: Path, stages: int, replicas: int, micro_batches: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
+    """For each replica: the gradients of all its stages."""
+    by_replica: list[dict[str, torch.Tensor]] = []
+    for dp in range(replicas):
+        merged: dict[str, torch.Tensor] = {}
+        for pp in range(stages):
+            merged |= load_file(out / f"s{stages}_r{replicas}_m{micro_batches}_a{accumulation}_rank{dp * stages + pp}.safetensors")
+        by_replica.append(merged)
+    return by_replica
+
+
+ALL_GRIDS = list(itertools.product((1, 2, 4), (1, 2), (1, 2, 4), (1, 2)))
+
+
+def test_every_grid_gives_the_single_process_gradient(grids: tuple[Path, torch.Tensor, int], model_folder: Path) -> None:
+    out, tokens, num_targets = grids
+    expected, norm = single_process_gradient(model_folder, tokens, num_targets)
+    hf_loss = hf_loss_sum(GPTJForCausalLM.from_pretrained(model_folder), tokens).item() / num_targets
+    assert norm > CLIP, "clipping must be active in this test"
+    counts = (tokens[:, 1, 1:] != 0).sum(1)
+    assert counts.unique().numel() > 4, "target counts must be unequal in this test"
+    assert len(ALL_GRIDS) == 36
+    for grid in ALL_GRIDS:
+        for merged in gradients_of(out, *grid):
+            loss, grad_norm, clip_factor = merged.pop("decision").tolist()
+            assert loss == pytest.approx(hf_loss, rel=1e-6), grid
+            assert grad_norm == pytest.approx(norm, rel=1e-5), grid
+            assert clip_factor == pytest.approx(CLIP / norm, rel=1e-5), grid
+            assert set(merged) == set(expected), grid
+            for name, gradient in merged.items():
+                difference = (gradient - expected[name]).norm() / expected[name].norm()
+                assert difference <= 1e-6, f"stages, replicas, micro-batches, accumulation {grid}, {name}: {difference}"
+
+
+def test_the_gradient_has_the_same_bits_at_every_number_of_stages(grids: tuple[Path, torch.Tensor, int]) -> None:
+    out, _, _ = grids
+    for _, replicas, micro_batches, accumulation in ALL_GRIDS[: len(ALL_GRIDS) // 3]:
+        one, *others = (gradients_of(out, stages, replicas, micro_batches, accumulation) for stages in (1, 2, 4))
+        for other in others:
+            for merged, reference in zip(other, one, strict=True):
+                assert all(torch.equal(merged[name], reference[name]) for name in reference | merged)
+
+
+def test_replicas_hold_the_same_bits_after_the_sum(grids: tuple[Path, torch.Tensor, int]) -> None:
+    out, _, _ = grids
+    for stages, micro_batches, accumulation in itertools.product((1, 2, 4), (1, 2, 4), (1, 2)):
+        first, second = gradients_of(out, stages, 2, micro_batches, accumulation)
+        assert all(torch.equal(first[name], second[name]) for name in first)
