@@ -91,7 +91,7 @@ class Hub:
         self._world_size, self._deadline_s, self._formed, self._describe = world_size, deadline_s, formed, describe
         self._verdict = _Verdict(refused=problem)
         self._num_told = 0
-        self._all_told, self._all_done = threading.Event(), threading.Event()
+        self._all_told, self._all_done, self._loss_told = threading.Event(), threading.Event(), threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(listener,), name="hub", daemon=True)
@@ -101,6 +101,10 @@ class Hub:
         """Block until ``num_ranks`` ranks have heard the refusal, at most ``timeout_s``."""
         if self._num_told < num_ranks:
             self._all_told.wait(timeout_s)
+
+    def wait_until_loss_told(self, timeout_s: float) -> None:
+        """Block until the members have heard that one of them is lost, at most ``timeout_s``: what rank 0 does before it ends itself."""
+        self._loss_told.wait(timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """End the server once all members have said they are done, at most ``timeout_s`` later: they would take its end for a death."""
@@ -238,6 +242,7 @@ class Hub:
         for rank, member in sorted(self._verdict.members.items(), reverse=True):  # rank 0, whose process holds this thread, last
             if member is not source and rank != source.hello.rank:
                 _send(member.writer, {"lost": source.hello.rank, "text": text})
+        self._loss_told.set()
 
 
 def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:

@@ -74,11 +74,11 @@ class Lifeline:
         if self._ended:
             return
         self._lost_text = str(message["text"]) if message and "text" in message else f"rank 0 at {self._place} is gone"
-        self._lost.set()
         on_loss(self._lost_text)
+        self._lost.set()  # after it: where on_loss ends the process, no other thread speaks in between
 
     def cause_of_loss(self, timeout_s: float) -> str | None:
-        """The sentence about the lost rank, waiting for it at most ``timeout_s``; None if nobody is known to be lost."""
+        """The sentence about the lost rank once on_loss has dealt with it, waiting at most ``timeout_s``; None if nobody is known to be lost."""
         return self._lost_text if self._lost.wait(timeout_s) else None
 
     def report_failure(self, text: str) -> None:

@@ -34,7 +34,7 @@ class Spans:
 
     def enter_step(self, step: int) -> None:
         """All spans until the next call belong to ``step``."""
-        self._step = step
+        self._step, self._current = step, ("the work between steps", None)
 
     @contextmanager
     def span(self, name: str, micro_batch: int | None = None) -> Iterator[None]:

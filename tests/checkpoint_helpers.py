@@ -1,5 +1,7 @@
 """Tiny random GPT-Js on disk and one-process saves, for the tests of checkpoint/ and of the converters."""
 
+import builtins
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -52,8 +54,6 @@ def with_bin_files(folder: Path, *shards: dict[str, Tensor]) -> Path:
 
 
 def write_json(path: Path, content: object) -> None:
-    import json
-
     path.write_text(json.dumps(content))
 
 
@@ -67,7 +67,8 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and torch.equal(as_bytes(a[name]), as_bytes(b[name])) for name in a
+        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and torch.equal(as_bytes(a[name]), as_bytes(b[name]))
+        for name in a
     )
 
 
@@ -94,7 +95,9 @@ def adamw_state(stage: Stage, num_steps: int) -> dict[str, dict[str, Tensor]]:
     return {name: optimizer.state.get(parameter, {}) for name, parameter in stage.named_parameters()}
 
 
-def write_parts(writer: StepWriter, model: Path, stage: Stage, state: dict[str, dict[str, Tensor]]) -> tuple[list[FileRecord], dict[str, str]]:
+def write_parts(
+    writer: StepWriter, model: Path, stage: Stage, state: dict[str, dict[str, Tensor]]
+) -> tuple[list[FileRecord], dict[str, str]]:
     """What the rank of one stage does between begin and commit."""
     dtypes = {name: ModelFolder.open(model).dtype(name) for name, _ in stage.named_parameters()}
     records, weight_map = [], {}
@@ -133,8 +136,6 @@ def killed_at(k: int, action: Callable[[], object]) -> bool:
 
 
 def _arm(k: int) -> None:
-    import builtins
-
     calls = iter(range(k))
 
     def point(before_death: Callable[[], object] = lambda: None) -> None:

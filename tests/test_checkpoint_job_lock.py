@@ -37,7 +37,9 @@ def kill(child):
 def test_a_second_taker_is_refused_with_the_owners_name_and_kill_9_of_the_owner_frees_the_lock(tmp_path):
     owner = in_child(lambda: JobLock(tmp_path).acquire())
     try:
-        with pytest.raises(UserError, match=rf"one job at a time .* held by process {owner} of \w+ on {socket.gethostname()}, started at 20"):
+        with pytest.raises(
+            UserError, match=rf"one job at a time .* held by process {owner} of \w+ on {socket.gethostname()}, started at 20"
+        ):
             JobLock(tmp_path).acquire()
     finally:
         kill(owner)

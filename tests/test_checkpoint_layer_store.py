@@ -115,7 +115,7 @@ def test_kill_9_at_every_point_of_a_save_leaves_the_older_step_or_the_whole_new_
         if not died:
             break
     assert not died
-    assert k > 60, "a save has more points than this: are they still seen?"
+    assert k > 50, "a save has more points than this: are they still seen?"
     assert seen == {"5", "6"}
 
 
@@ -214,7 +214,9 @@ def test_a_folder_that_is_not_shared_is_found_out_before_the_step_exists(model, 
     writer.begin()
     elsewhere.begin()
     records, weight_map = write_parts(elsewhere, model, loaded_stage(model), {})
-    with pytest.raises(UserError, match=r"rank 0 does not see embeddings.safetensors, .*--checkpoint-path must be a folder that all hosts share"):
+    with pytest.raises(
+        UserError, match=r"rank 0 does not see embeddings.safetensors, .*--checkpoint-path must be a folder that all hosts share"
+    ):
         writer.commit(records, weight_map, [model], {}, visible_within_s=0.2)
     assert find_newest_step(root) == (None, [])
 

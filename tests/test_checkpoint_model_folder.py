@@ -146,7 +146,9 @@ def test_missing_extra_and_misshapen_weights_are_listed_by_name_in_one_message(f
         tensors["lm_head.bias"] = torch.ones(65)
 
     rewrite(folder, change)
-    break_and_expect(folder, r"missing \(1\): transformer.ln_f.bias; extra \(1\): transformer.h.3.ln_1.weight; .*lm_head.bias is \[65\], must be \[64\]")
+    break_and_expect(
+        folder, r"missing \(1\): transformer.ln_f.bias; extra \(1\): transformer.h.3.ln_1.weight; .*lm_head.bias is \[65\], must be \[64\]"
+    )
 
 
 def test_at_most_ten_names_are_listed(folder):
@@ -225,7 +227,9 @@ def test_an_index_that_disagrees_with_its_files_is_refused(model, tmp_path):
     name = next(name for name, file in index["weight_map"].items() if file == first)
 
     write_json(path, {"weight_map": {**index["weight_map"], name: second}})
-    break_and_expect(folder, rf"the index names what the file lacks \(1\): {name} in {second}; extra, not in the index \(1\): {name} in {first}")
+    break_and_expect(
+        folder, rf"the index names what the file lacks \(1\): {name} in {second}; extra, not in the index \(1\): {name} in {first}"
+    )
     write_json(path, {"weight_map": {n: f for n, f in index["weight_map"].items() if n != name}})
     break_and_expect(folder, rf"extra, not in the index \(1\): {name} in {first}")
     write_json(path, {"weight_map": {**index["weight_map"], name: "../elsewhere.safetensors"}})
@@ -273,5 +277,8 @@ def test_an_unknown_or_unreachable_hub_name_is_one_message_that_says_what_was_tr
         raise LocalEntryNotFoundError("cannot find the snapshot in the cache\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(UserError, match=r"no model org/name: .*org/name is no folder, and the hub's 'org/name' .* \(cannot find the snapshot in the cache\)"):
+    with pytest.raises(
+        UserError,
+        match=r"no model org/name: .*org/name is no folder, and the hub's 'org/name' .* \(cannot find the snapshot in the cache\)",
+    ):
         resolve_model_folder("org/name")

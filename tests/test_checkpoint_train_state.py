@@ -62,9 +62,10 @@ def test_missing_extra_and_misshapen_state_is_listed_in_one_message(tmp_path):
     del tensors["exp_avg/lm_head.bias"]
     tensors |= {"exp_avg/other": torch.ones(1), "step/lm_head.bias": torch.ones(2), "exp_avg_sq/lm_head.bias": torch.ones(64).half()}
     save_file(tensors, file)
-    expected = r"missing \(1\): exp_avg/lm_head.bias; .*extra \(1\): exp_avg/other; .*wrong shape or dtype \(2\): exp_avg_sq/lm_head.bias, step/lm_head.bias"
-    with pytest.raises(UserError, match=rf"lm_head.safetensors: {expected}"):
+    with pytest.raises(UserError, match=r"lm_head.safetensors: missing \(1\): exp_avg/lm_head.bias; ") as caught:
         load_train_state(step, stage)
+    assert "extra (1): exp_avg/other; " in str(caught.value)
+    assert "wrong shape or dtype (2): exp_avg_sq/lm_head.bias, step/lm_head.bias" in str(caught.value)
     file.unlink()
     with pytest.raises(UserError, match=r"missing: .*train_state/lm_head.safetensors"):
         load_train_state(step, stage)
@@ -79,5 +80,5 @@ def test_the_trainer_state_keeps_every_digit_and_its_format_is_checked(tmp_path)
     with pytest.raises(UserError, match="written by another version"):
         read_trainer_state(tmp_path)
     path.unlink()
-    with pytest.raises(UserError, match="has no trainer.json"):
+    with pytest.raises(UserError, match=r"has no trainer\.json"):
         read_trainer_state(tmp_path)

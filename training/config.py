@@ -120,9 +120,17 @@ class Config:
 
 # May differ between the ranks of one job: who and where a process is, and paths, which each host may spell its own way.
 PER_RANK_FLAGS = frozenset(
-    ["rank", "world_size", "dist_url", "net_interface", "cuda_id", "num_threads", "device", "rendezvous_timeout", "model_name", "tokenizer_name", "task_name", "checkpoint_path", "train_log_backend", "project_name", "logging_steps"]
+    {
+        *("rank", "world_size", "dist_url", "net_interface", "rendezvous_timeout", "cuda_id", "num_threads", "device"),
+        *("model_name", "tokenizer_name", "task_name", "checkpoint_path"),
+        *("train_log_backend", "project_name", "logging_steps"),
+    }
 )
-_AT_LEAST_ONE = ["pipeline_group_size", "data_group_size", "num_layers", "world_size", "batch_size", "micro_batch_size", "gradient_accumulate_step", "total_steps", "logging_steps", "num_threads", "embedding_dim"]
+_AT_LEAST_ONE = (
+    *("pipeline_group_size", "data_group_size", "num_layers", "world_size"),
+    *("batch_size", "micro_batch_size", "gradient_accumulate_step", "total_steps"),
+    *("logging_steps", "num_threads", "embedding_dim"),
+)
 
 
 def shared_flags(config: Config) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from comms.groups import Groups, join_process_group, make_groups
 from comms.hub import Hello, Hub
 from comms.interfaces import Interface, choose_interface, select_for_transport
 from comms.lifeline import Lifeline
-from comms.links import PeerLost
+from comms.links import PeerLost, naming_the_peer
 from comms.place import Place, place_of
 from comms.rendezvous import Door, agent_store, check_door_is_here, join_store, listen, serve_store
 from comms.spans import Spans
@@ -40,6 +40,7 @@ EXIT_FAILED = 1
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 TELL_OTHERS_S = 60.0
 CAUSE_WAIT_S = 5.0
+TELL_LOSS_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,11 @@ class Job(LocalFacts):
     roster: list[dict[str, Any]]
     num_threads: int
     spans: Spans
+
+    def wait_for_all(self) -> None:
+        """Collective over all ranks: returns when all have called it, so that nobody's end is taken for a loss."""
+        with self.spans.span("waiting for the other ranks to finish"), naming_the_peer("waiting for the other ranks to finish"):
+            dist.barrier()
 
 
 def look_around(config: Config) -> LocalFacts:
@@ -153,16 +159,21 @@ def meet(config: Config) -> Iterator[Job]:
     spans = Spans()
     lifeline.watch(lambda text: _end_process(facts.place, spans, text))
     try:
-        yield _form(config, facts, formed["roster"], store, lifeline, spans)
+        job = _form(config, facts, formed["roster"], store, lifeline, spans)
+        yield job
+        job.wait_for_all()
     except UserError as error:
         lifeline.report_failure(str(error))
+        if hub is not None:
+            hub.wait_until_loss_told(TELL_LOSS_S)
         raise
     except BaseException as error:
         if isinstance(error, (PeerLost, RuntimeError)):
             lifeline.cause_of_loss(CAUSE_WAIT_S)  # if the hub knows who is gone, this process ends inside the wait, naming it
         lifeline.report_failure(f"{type(error).__name__}: {error}")
+        if hub is not None:
+            hub.wait_until_loss_told(TELL_LOSS_S)
         raise
-    dist.barrier()  # all ranks: nobody takes another's end for a loss
     lifeline.done()
     dist.destroy_process_group()
     if hub is not None:

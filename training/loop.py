@@ -159,6 +159,7 @@ class Trainer:
         if every and self._step // every > before // every:
             self._save()
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self._job.wait_for_all()  # rank 0 may still be committing a checkpoint
             raise UserError(
                 f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, up to step "
                 f"{self._step}; none of them changed the "

@@ -74,15 +74,21 @@ class Report:
         if self._wandb is not None:
             self._wandb.log(dict(row), step=row["optimizer_step"])
         before, self._step = self._step, row["step"]
-        self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"loss {_number(row['loss'])}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
         self._bar.update(row["step"] - before)
         due = row["step"] // self._logging_steps > before // self._logging_steps or row["step"] >= self._total_steps
         if due and self._bar.disable:
             log.info(
-                "step %d/%d  loss %.4f  lr %.3g  grad norm %.3g  %s tokens/s  ETA %s%s",
-                row["step"], self._total_steps, row["loss"], row["lr"], row["grad_norm"], f"{row['tokens_per_s']:,.0f}", self._eta(),
+                "step %d/%d  loss %s  lr %.3g  grad norm %s  %s tokens/s  ETA %s%s",
+                row["step"],
+                self._total_steps,
+                _number(row["loss"]),
+                row["lr"],
+                _number(row["grad_norm"]),
+                f"{row['tokens_per_s']:,.0f}",
+                self._eta(),
                 "  SKIPPED: loss or gradient not finite" if row["skipped"] else "",
-            )  # fmt: skip
+            )
 
     def _eta(self) -> str:
         seconds = (time.perf_counter() - self._start) / max(1, self._step - self._first_step) * (self._total_steps - self._step)
@@ -107,6 +113,10 @@ def _open_log(path: Path) -> TextIO:
             if end.read(1) != b"\n":
                 file.write("\n")
     return file
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
