@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
             train(job, config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.was_shown:
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except PeerLost as error:
         print(f"error: {error}. Start the job again with the same command: it resumes from its newest checkpoint", file=sys.stderr)

@@ -27,6 +27,7 @@ from typing import Any
 PROTOCOL = "geo-clm-trainer/1"
 HELLO_TIMEOUT_S = 10.0
 MAX_LINE_BYTES = 2**20
+LAST_WORDS_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +91,18 @@ class Hub:
     ) -> None:
         self._world_size, self._deadline_s, self._formed, self._describe = world_size, deadline_s, formed, describe
         self._verdict = _Verdict(refused=problem)
-        self._num_told = 0
-        self._all_told, self._all_done, self._loss_told = threading.Event(), threading.Event(), threading.Event()
+        self._num_others_told, self._deadline_passed = 0, False
+        self._others_told, self._all_done, self._loss_told = threading.Event(), threading.Event(), threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(listener,), name="hub", daemon=True)
         self._thread.start()
 
-    def wait_until_told(self, num_ranks: int, timeout_s: float) -> None:
-        """Block until ``num_ranks`` ranks have heard the refusal, at most ``timeout_s``."""
-        if self._num_told < num_ranks:
-            self._all_told.wait(timeout_s)
+    def wait_until_refusal_told(self, timeout_s: float) -> None:
+        """Block until all other ranks have come and heard the refusal, at most ``timeout_s``; ranks that missed the deadline are not
+        awaited.
+        """
+        self._others_told.wait(LAST_WORDS_S if self._deadline_passed else timeout_s)
 
     def wait_until_loss_told(self, timeout_s: float) -> None:
         """Block until the members have heard that one of them is lost, at most ``timeout_s``: what rank 0 does before it ends itself."""
@@ -128,6 +130,7 @@ class Hub:
     async def _refuse_at_deadline(self) -> None:
         await asyncio.sleep(self._deadline_s)
         if self._verdict.formed is None and self._verdict.refused is None:
+            self._deadline_passed = True
             missing = [self._describe(rank) for rank in range(self._world_size) if rank not in self._verdict.members]
             self._refuse(
                 f"all {self._world_size} ranks must arrive within {self._deadline_s:.0f} s (--rendezvous-timeout); missing: "
@@ -162,8 +165,7 @@ class Hub:
                 self._form_if_complete()
                 return member
             self._refuse(problem)
-        _send(writer, {"refused": verdict.refused})
-        self._count_told()
+        self._tell_refusal(writer, hello.rank)
         return None
 
     def _problem_with(self, hello: Hello) -> str | None:
@@ -208,14 +210,14 @@ class Hub:
 
     def _refuse(self, text: str) -> None:
         self._verdict.refused = text
-        for member in self._verdict.members.values():
-            _send(member.writer, {"refused": text})
-            self._count_told()
+        for rank, member in self._verdict.members.items():
+            self._tell_refusal(member.writer, rank)
 
-    def _count_told(self) -> None:
-        self._num_told += 1
-        if self._num_told >= self._world_size - 1:
-            self._all_told.set()
+    def _tell_refusal(self, writer: asyncio.StreamWriter, rank: int) -> None:
+        _send(writer, {"refused": self._verdict.refused})
+        self._num_others_told += rank != 0
+        if self._num_others_told >= self._world_size - 1:
+            self._others_told.set()
 
     async def _listen(self, member: _Member, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():

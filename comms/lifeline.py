@@ -78,7 +78,9 @@ class Lifeline:
         self._lost.set()  # after it: where on_loss ends the process, no other thread speaks in between
 
     def cause_of_loss(self, timeout_s: float) -> str | None:
-        """The sentence about the lost rank once on_loss has dealt with it, waiting at most ``timeout_s``; None if nobody is known to be lost."""
+        """The sentence about the lost rank once on_loss has dealt with it, waiting at most ``timeout_s``; None if nobody is known to
+        be lost.
+        """
         return self._lost_text if self._lost.wait(timeout_s) else None
 
     def report_failure(self, text: str) -> None:

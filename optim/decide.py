@@ -16,6 +16,7 @@ from comms.links import naming_the_peer
 from comms.place import Place
 
 NORM_CHUNK_ELEMENTS = 2**20
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,6 @@ def decide_step(
     entries = on_wire.tolist()
     grad_norm = math.sqrt(sum(entries[: len(layers)]))
     clip_factor = 1.0
-    if clip_grad_norm > 0 and grad_norm > clip_grad_norm:
-        clip_factor = clip_grad_norm / grad_norm
+    if clip_grad_norm > 0:
+        clip_factor = min(1.0, clip_grad_norm / (grad_norm + CLIP_EPS))
     return StepDecision(loss=sum(entries[len(layers) :]), grad_norm=grad_norm, clip_factor=clip_factor)

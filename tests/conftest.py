@@ -19,7 +19,9 @@ transformers.AutoTokenizer  # noqa: B018 - imported for real here, so that forke
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-TEXTS = [f"The {n} quick brown foxes jump over {n * n} lazy dogs, and dog number {n % 7} barks {'very ' * (n % 5)}loudly." for n in range(300)]
+TEXTS = [
+    f"The {n} quick brown foxes jump over {n * n} lazy dogs, and dog number {n % 7} barks {'very ' * (n % 5)}loudly." for n in range(300)
+]
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 320) -> None:

@@ -1,8 +1,7 @@
 """What the tests share: tiny models and data, ranks as forked processes, and runs of the trainer's own main().
 
-Ranks are forked from the test process, which has imported torch already: four ranks start in 0.2 s, against 11 s when each imports for itself. torch
-computes with one thread in the parent (conftest.py), because OpenMP's pool does not survive a fork.
-"""
+Ranks are forked from the test process, which has imported torch already: four ranks start in 0.2 s, against 11 s when each
+imports for itself. torch computes with one thread in the parent (conftest.py), because OpenMP's pool does not survive a fork."""
 
 import contextlib
 import json
@@ -119,7 +118,9 @@ def train_argv(**flags: Any) -> list[str]:
     return [part for name, value in flags.items() if value is not None for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def launch(argv_of_rank: Callable[[int], Sequence[str]], world_size: int, folder: Path, before: Callable[[int], None] | None = None) -> list[Process]:
+def launch(
+    argv_of_rank: Callable[[int], Sequence[str]], world_size: int, folder: Path, before: Callable[[int], None] | None = None
+) -> list[Process]:
     """Fork ranks that run dist_clm_train.main. ``before`` runs in each child first (to plant a fault)."""
     import dist_clm_train
 
@@ -133,8 +134,17 @@ def launch(argv_of_rank: Callable[[int], Sequence[str]], world_size: int, folder
     return [fork(lambda rank=rank: rank_main(rank), folder / f"{number:03d}_rank{rank}.txt") for rank in range(world_size)]  # type: ignore[misc]
 
 
-def train(folder: Path, *, stages: int = 1, replicas: int = 1, expect: int | None = 0, timeout_s: float = 90, before: Callable[[int], None] | None = None,
-          ranks: int | None = None, **flags: Any) -> list[Process]:  # fmt: skip
+def train(
+    folder: Path,
+    *,
+    stages: int = 1,
+    replicas: int = 1,
+    expect: int | None = 0,
+    timeout_s: float = 90,
+    before: Callable[[int], None] | None = None,
+    ranks: int | None = None,
+    **flags: Any,
+) -> list[Process]:
     """Train to the end in stages x replicas forked ranks; all must end with ``expect``. Returns the ended processes."""
     world_size = stages * replicas
     port = free_port()

@@ -117,9 +117,17 @@ def write_grid_gradients(folder: Path, out: Path, stages: int, replicas: int, to
             stage = load(folder, *even_cut(4, stages)[place.pp])
             batch_size = NUM_SEQUENCES // (replicas * accumulation)
             gradient = GlobalGradient(
-                place=place, groups=groups, stage=stage, spans=Spans(), peer_names=[f"rank {r}" for r in range(stages * replicas)], pp_mode="gpipe",
-                batch_size=batch_size, micro_batch_size=batch_size // micro_batches, seq_length=SEQ_LENGTH, clip_grad_norm=CLIP,
-            )  # fmt: skip
+                place=place,
+                groups=groups,
+                stage=stage,
+                spans=Spans(),
+                peer_names=[f"rank {r}" for r in range(stages * replicas)],
+                pp_mode="gpipe",
+                batch_size=batch_size,
+                micro_batch_size=batch_size // micro_batches,
+                seq_length=SEQ_LENGTH,
+                clip_grad_norm=CLIP,
+            )
             share = tokens.view(accumulation, replicas, batch_size, 2, SEQ_LENGTH)[:, place.dp]
             decision = gradient.compute(share, num_targets)
             found = {name: parameter.grad.clone() for name, parameter in stage.named_parameters()}  # type: ignore[union-attr]

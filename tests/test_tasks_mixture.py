@@ -183,8 +183,14 @@ def test_stops_in_the_middle_of_a_document_and_at_its_end_both_resume_exactly(tm
     whole = make_mixture(str(path), seq_length=13)
     whole.next_sequence()
     assert whole.state()["tasks"][0] | {"path": "", "num_bytes": 0} == {
-        "path": "", "num_bytes": 0, "pass": 0, "position": 0, "token_offset": 13, "tokens": 13, "skipped_records": 0,
-    }  # fmt: skip
+        "path": "",
+        "num_bytes": 0,
+        "pass": 0,
+        "position": 0,
+        "token_offset": 13,
+        "tokens": 13,
+        "skipped_records": 0,
+    }
     middle = make_mixture(str(path), seq_length=13, state=whole.state()).next_sequence()
     assert middle.token_ids.tolist() == [ord("x")] * 12 + [EOS]
     assert same(whole.next_sequence(), middle)

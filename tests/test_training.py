@@ -1,4 +1,6 @@
-"""Whole runs of the trainer's own main() in forked ranks: same bits at any pipeline degree, after kill -9, after resume at another degree."""
+"""Whole runs of the trainer's own main() in forked ranks: same bits at any pipeline degree, after kill -9, after resume at another
+degree.
+"""
 
 import dataclasses
 import json
@@ -65,7 +67,9 @@ def test_the_loss_falls(reference: Path) -> None:
 
 
 def kill_in_step(step: int, victims: set[int]):  # type: ignore[no-untyped-def]
-    """A fault for harness.train: the victims kill themselves (SIGKILL) in the middle of optimizer step ``step``, between backward and update."""
+    """A fault for harness.train: the victims kill themselves (SIGKILL) in the middle of optimizer step ``step``, between backward
+    and update.
+    """
 
     def before(rank: int) -> None:
         update, done = build.AdamW.step, 0
@@ -267,7 +271,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_stops_after_ten(flags: di
         GradientBuckets.finish = poisoned  # type: ignore[method-assign]
 
     run = tmp_path / "run"
-    processes = train(tmp_path, stages=2, expect=1, before=before, checkpoint_path=run, **{**flags, "total_steps": 20, "checkpoint_steps": 5})
+    processes = train(
+        tmp_path, stages=2, expect=1, before=before, checkpoint_path=run, **{**flags, "total_steps": 20, "checkpoint_steps": 5}
+    )
     assert "not finite in 10 optimizer steps in a row" in processes[0].text
     assert all(row["skipped"] and row["grad_norm"] is None for row in log_rows(run))
     assert len(log_rows(run)) == 10
@@ -295,9 +301,7 @@ def test_a_bad_record_in_the_middle_of_training_saves_what_was_learnt_and_names_
     train(tmp_path, stages=2, replicas=2, checkpoint_path=tmp_path / "skip", **{**bad, "total_steps": 30, "on_bad_record": "skip"})
 
 
-def test_wandb_logs_from_rank_0_alone_in_offline_mode(
-    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_logs_from_rank_0_alone_in_offline_mode(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_NAME", "a-name-of-mine")
@@ -315,8 +319,17 @@ def test_every_shape_of_gptj_config_is_read_or_refused(model_folder: Path) -> No
     assert layer_key_of_index(3) == "layer_03" and layer_key_of_index(123) == "layer_123"
     from user_error import UserError
 
-    for name, value in (("model_type", "gpt_neox"), ("n_layer", 0), ("rotary_dim", None), ("rotary_dim", 3), ("rotary_dim", 64), ("n_head", 5),
-                        ("tie_word_embeddings", True), ("activation_function", "relu"), ("n_embd", "wide")):  # fmt: skip
+    for name, value in (
+        ("model_type", "gpt_neox"),
+        ("n_layer", 0),
+        ("rotary_dim", None),
+        ("rotary_dim", 3),
+        ("rotary_dim", 64),
+        ("n_head", 5),
+        ("tie_word_embeddings", True),
+        ("activation_function", "relu"),
+        ("n_embd", "wide"),
+    ):
         with pytest.raises(UserError):
             GPTJConfig.from_hf({**config, name: value})
     assert dataclasses.replace(shape, inner_width=64).inner_width == 64

@@ -15,7 +15,16 @@ from training.flags import describe_flags, flag, parse_flags
 from user_error import UserError
 
 _MODEL, _MEETING, _GRID, _DATA, _STEPS, _OPTIMIZER, _SAVING, _REPORT, _MACHINE = (
-    "model", "meeting", "grid", "data", "steps", "optimizer", "checkpoints", "report", "machine")  # fmt: skip
+    "model",
+    "meeting",
+    "grid",
+    "data",
+    "steps",
+    "optimizer",
+    "checkpoints",
+    "report",
+    "machine",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from tasks.prefetch import StepReader
 from training.config import Config
 from user_error import UserError
 
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
@@ -30,6 +32,9 @@ def load_text_encoder(config: Config, model_folder: Path, num_rows: int) -> Text
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one document at a time on the reader's thread
     folder = resolve_model_folder(config.tokenizer_name) if config.tokenizer_name is not None else model_folder
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):  # transformers would make up an empty one
+        wanted = " or ".join(" + ".join(names) for names in TOKENIZER_FILES)
+        raise UserError(f"the folder {folder} must hold a tokenizer ({wanted}), and holds none. Name one with --tokenizer-name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (

@@ -20,40 +20,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint.model_folder import ModelFolder, check_model_folder, resolve_model_folder
 from comms.groups import Groups, join_process_group, make_groups
 from comms.hub import Hello, Hub
-from comms.interfaces import Interface, choose_interface, select_for_transport
 from comms.lifeline import Lifeline
 from comms.links import PeerLost, naming_the_peer
-from comms.place import Place, place_of
+from comms.place import Place
 from comms.rendezvous import Door, agent_store, check_door_is_here, join_store, listen, serve_store
 from comms.spans import Spans
-from modules.gptj import GPTJConfig
-from pipeline_parallel.partition import Cut, cut_by_num_layers, even_cut
 from training.config import Config, shared_flags
+from training.local_facts import LocalFacts, look_around
 from user_error import UserError
 
 log = logging.getLogger("trainer")
 
 EXIT_FAILED = 1
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-TELL_OTHERS_S = 60.0
+TELL_OTHERS_S = 30.0
 CAUSE_WAIT_S = 5.0
 TELL_LOSS_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalFacts:
-    """What one rank found out without talking to anybody."""
-
-    place: Place
-    interface: Interface
-    device: torch.device
-    backend: str
-    model: ModelFolder
-    model_config: GPTJConfig
-    cut: Cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,111 +57,73 @@ class Job(LocalFacts):
             dist.barrier()
 
 
-def look_around(config: Config) -> LocalFacts:
-    """Everything this rank can check alone. Raises UserError."""
-    assert config.data_group_size is not None and config.rank is not None and config.model_name is not None, "parse_config filled these in"
-    place = place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)
-    interface = choose_interface(config.net_interface, config.door.host)
-    select_for_transport(interface)
-    device, backend = _device_and_backend(config)
-    model = ModelFolder.open(resolve_model_folder(config.model_name))
-    model_config = GPTJConfig.from_hf(model.config)
-    check_model_folder(model, model_config)
-    if config.embedding_dim not in (None, model_config.width):
-        raise UserError(
-            f"--embedding-dim must be the model's width; it is {config.embedding_dim}, config.json says {model_config.width}. Leave it out"
-        )
-    if config.seq_length > model_config.num_positions:
-        raise UserError(
-            f"--seq-length must not exceed the model's positions; it is {config.seq_length}, config.json says {model_config.num_positions}"
-        )
-    if config.num_layers is None:
-        cut = even_cut(model_config.num_layers, place.pp_size)
-    else:
-        cut = cut_by_num_layers(model_config.num_layers, place.pp_size, config.num_layers)
-    return LocalFacts(place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut)
-
-
-def _device_and_backend(config: Config) -> tuple[torch.device, str]:
-    has_cuda = torch.cuda.is_available() if config.device != "cpu" else False
-    if config.device == "cuda" and not has_cuda:
-        raise UserError(
-            "--device cuda needs a GPU that torch can use; torch.cuda.is_available() is false. Install the CUDA build of "
-            "torch, or use --device cpu"
-        )
-    backend = config.dp_backend or ("nccl" if has_cuda else "gloo")
-    if not has_cuda:
-        if backend == "nccl":
-            raise UserError("--dp-backend nccl carries CUDA tensors only, and this rank computes on the CPU; use --dp-backend gloo")
-        return torch.device("cpu"), backend
-    assert config.cuda_id is not None, "parse_config filled it in"
-    if config.cuda_id >= torch.cuda.device_count():
-        raise UserError(f"--cuda-id must be 0 .. {torch.cuda.device_count() - 1} on this host; it is {config.cuda_id}")
-    torch.cuda.set_device(config.cuda_id)
-    return torch.device("cuda", config.cuda_id), backend
-
-
 @contextlib.contextmanager
 def meet(config: Config) -> Iterator[Job]:
     """Collective over all ranks: the job, formed. On leaving the block without an error the ranks part; with one, the others are told.
 
     Raises UserError: this rank's own problem, or what the hub says of another's.
     """
-    facts: LocalFacts | None = None
-    problem: str | None = None
     try:
         facts = look_around(config)
     except UserError as error:
-        problem = str(error)
-    if problem is not None:
-        _tell_others(config, problem)
-        raise UserError(problem)
-    assert facts is not None, "no problem was found"
+        _tell_others(config, error)
+        raise
     timeout = timedelta(seconds=config.rendezvous_timeout)
-    door, hub, store = config.door, None, None
-    if facts.place.rank == 0:
-        address = check_door_is_here(door, facts.interface)
-        listener = listen(address, 0 if door.agent_prefix else door.port)
-        store, store_port = serve_store(address, timeout)
-        hub_port = listener.getsockname()[1]
-        hub = Hub(
-            listener,
-            world_size=facts.place.world_size,
-            deadline_s=config.rendezvous_timeout,
-            formed={"store": [address, store_port]},
-            describe=lambda rank: facts.place.at(rank).in_words,
-        )
-        if door.agent_prefix:
-            agent_store(door, timeout).set("hub", f"{address}:{hub_port}")
-        door = Door(host=address, port=hub_port)
-    elif door.agent_prefix:
-        door = _door_from_agent(door, timeout)
+    host = _open_door(config, facts, timeout) if facts.place.rank == 0 else None
+    door = host.door if host is not None else _find_door(config.door, timeout)
     lifeline = Lifeline((door.host, door.port), deadline_s=config.rendezvous_timeout)
-    formed = lifeline.join(_hello(config, facts, problem=None))
-    if store is None:
-        store = join_store(formed["store"][0], formed["store"][1], timeout)
+    try:
+        formed = lifeline.join(_hello(config, facts, problem=None))
+    except UserError as error:
+        if host is not None:
+            _linger(host.hub, error)
+        raise
     spans = Spans()
     lifeline.watch(lambda text: _end_process(facts.place, spans, text))
     try:
+        store = host.store if host is not None else join_store(formed["store"][0], formed["store"][1], timeout)
         job = _form(config, facts, formed["roster"], store, lifeline, spans)
         yield job
         job.wait_for_all()
-    except UserError as error:
-        lifeline.report_failure(str(error))
-        if hub is not None:
-            hub.wait_until_loss_told(TELL_LOSS_S)
-        raise
     except BaseException as error:
         if isinstance(error, (PeerLost, RuntimeError)):
             lifeline.cause_of_loss(CAUSE_WAIT_S)  # if the hub knows who is gone, this process ends inside the wait, naming it
-        lifeline.report_failure(f"{type(error).__name__}: {error}")
-        if hub is not None:
-            hub.wait_until_loss_told(TELL_LOSS_S)
+        lifeline.report_failure(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        if host is not None:
+            host.hub.wait_until_loss_told(TELL_LOSS_S)
         raise
     lifeline.done()
     dist.destroy_process_group()
-    if hub is not None:
-        hub.close()
+    if host is not None:
+        host.hub.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Host:
+    """What rank 0 keeps open for the others."""
+
+    door: Door
+    hub: Hub
+    store: dist.TCPStore
+
+
+def _open_door(config: Config, facts: LocalFacts, timeout: timedelta) -> _Host:
+    """On rank 0: hub and store, listening on the chosen interface's address and nowhere else. Raises UserError."""
+    door = config.door
+    address = check_door_is_here(door, facts.interface)
+    listener = listen(address, 0 if door.agent_prefix else door.port)
+    store, store_port = serve_store(address, timeout)
+    hub_port = listener.getsockname()[1]
+    hub = Hub(
+        listener,
+        world_size=facts.place.world_size,
+        deadline_s=config.rendezvous_timeout,
+        formed={"store": [address, store_port]},
+        describe=lambda rank: facts.place.at(rank).in_words,
+    )
+    if door.agent_prefix:
+        agent_store(door, timeout).set("hub", f"{address}:{hub_port}")
+    return _Host(door=Door(host=address, port=hub_port), hub=hub, store=store)
 
 
 def _form(config: Config, facts: LocalFacts, roster: list[dict[str, Any]], store: dist.Store, lifeline: Lifeline, spans: Spans) -> Job:
@@ -228,16 +174,16 @@ def _boot_id() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def _tell_others(config: Config, problem: str) -> None:
+def _tell_others(config: Config, problem: UserError) -> None:
     """Best effort: let the ranks that would wait for this one hear at once why it does not come."""
     assert config.world_size is not None, "parse_config filled it in"
-    door, timeout = config.door, timedelta(seconds=min(config.rendezvous_timeout, TELL_OTHERS_S))
     if config.world_size == 1:
         return
+    door, timeout = config.door, timedelta(seconds=min(config.rendezvous_timeout, TELL_OTHERS_S))
     with contextlib.suppress(UserError, OSError, dist.DistError):
         if config.rank != 0:
-            door = _door_from_agent(door, timeout) if door.agent_prefix else door
-            Lifeline((door.host, door.port), deadline_s=min(5.0, timeout.total_seconds())).join(_hello(config, None, problem))
+            door = _find_door(door, timeout)
+            Lifeline((door.host, door.port), deadline_s=min(5.0, timeout.total_seconds())).join(_hello(config, None, str(problem)))
             return
         listener = listen(door.host, 0 if door.agent_prefix else door.port)
         hub = Hub(
@@ -250,13 +196,22 @@ def _tell_others(config: Config, problem: str) -> None:
         )
         if door.agent_prefix:
             agent_store(door, timeout).set("hub", f"{door.host}:{listener.getsockname()[1]}")
-        print(f"{problem}\n(telling the other ranks, at most {timeout.total_seconds():.0f} s)", file=sys.stderr, flush=True)
-        hub.wait_until_told(config.world_size - 1, timeout.total_seconds())
-        hub.close()
+        _linger(hub, problem)
 
 
-def _door_from_agent(door: Door, timeout: timedelta) -> Door:
-    """Where rank 0's hub is, as it told torchrun's store. Raises UserError when it did not in time."""
+def _linger(hub: Hub, problem: UserError) -> None:
+    """On rank 0, before it ends: the ranks that are still starting would otherwise wait for it in vain."""
+    log.error("error: %s", problem)
+    log.info("telling the other ranks, for at most %.0f s", TELL_OTHERS_S)
+    problem.was_shown = True
+    hub.wait_until_refusal_told(TELL_OTHERS_S)
+    hub.close()
+
+
+def _find_door(door: Door, timeout: timedelta) -> Door:
+    """Where rank 0's hub is: at --dist-url, or where it told torchrun's store. Raises UserError when it did not in time."""
+    if not door.agent_prefix:
+        return door
     try:
         host, _, port = agent_store(door, timeout).get("hub").decode().rpartition(":")
     except dist.DistError as error:

@@ -79,8 +79,12 @@ def _settle(job: Job, config: Config, root: Path, cleanup: ExitStack) -> tuple[S
     mixture = open_mixture(config, encoder, _data_position(config, point, identity))
     cleanup.callback(mixture.close)
     if point is not None and point.trainer["num_threads"] != job.num_threads:
-        log.warning("%s was computed with %d threads per rank, this run has %d: the last bits of the losses may change",
-                    point.folder, point.trainer["num_threads"], job.num_threads)  # fmt: skip
+        log.warning(
+            "%s was computed with %d threads per rank, this run has %d: the last bits of the losses may change",
+            point.folder,
+            point.trainer["num_threads"],
+            job.num_threads,
+        )
     return start, ReadingDesk(encoder=encoder, mixture=mixture, identity=identity)
 
 

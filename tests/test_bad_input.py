@@ -1,0 +1,401 @@
+"""Every mistake a user can make gets one clear message on every rank, a non-zero exit, no hang, no traceback; nothing is overwritten."""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from harness import Process, free_port, launch, train, train_argv
+from safetensors.torch import load_file, save_file
+
+import dist_clm_train
+from user_error import UserError
+
+
+@pytest.fixture
+def flags(model_folder: Path, tasks: list[Path], tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name": model_folder,
+        "task_name": tasks[0],
+        "checkpoint_path": tmp_path / "run",
+        "seq_length": 32,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "total_steps": 2,
+    }
+
+
+def refused(tmp_path: Path, *wanted: str, stages: int = 2, everywhere: bool = True, **flags: Any) -> list[Process]:
+    """The run ends soon, non-zero on all ranks; ``wanted`` stands in the message of every rank (or of one), without a traceback."""
+    started = time.monotonic()
+    processes = train(tmp_path / "ranks", stages=stages, expect=None, timeout_s=30, **flags)
+    assert time.monotonic() - started < 20
+    for process in processes:
+        assert process.status not in (0, None), process.text
+        assert "Traceback" not in process.text, process.text
+        assert process.text.strip(), "every rank says something"
+    texts = [" ".join(process.text.split()) for process in processes]
+    for text in texts if everywhere else [" ".join(texts)]:
+        for part in wanted:
+            assert part in text, f"{part!r} is not in:\n{text}"
+    root = flags.get("checkpoint_path")
+    if root is not None:
+        assert not [p for p in Path(root).glob("*") if p.name not in (".lock", "kept")], "nothing is written"
+    return processes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "wanted"),
+    [
+        ({"world_size": 3}, ("--world-size", "3")),
+        ({"world_size": 4, "data_group_size": 1}, ("4 is not 2 x 1 = 2", "Start 2 processes")),
+        ({"micro_batch_size": 3}, ("3 does not divide 4",)),
+        ({"num_layers": 1}, ("1 x 2 = 2 of its 4 layers", "use 2")),
+        ({"num_layers": 4}, ("stage 1 of 2 would get none",)),
+        ({"num_layers": 0}, ("--num-layers must be at least 1",)),
+        ({"embedding_dim": 64}, ("it is 64, config.json says 32",)),
+        ({"seq_length": 65}, ("it is 65, config.json says 64",)),
+        ({"seq_length": 1}, ("--seq-length must be at least 2",)),
+        ({"total_steps": 3, "gradient_accumulate_step": 2}, ("3 is none of 2", "Use 4")),
+        ({"warmup_steps": 1, "warmup_proportion": 0.1}, ("pass one of them",)),
+        ({"net_interface": "nosuch0"}, ("'nosuch0' is not one of", "lo (127.0.0.1)")),
+        ({"dist_url": "127.0.0.1:99"}, ("tcp://HOST:PORT", "'127.0.0.1:99'")),
+        ({"dist_url": "tcp://127.0.0.1:99999"}, ("1 .. 65535",)),
+        ({"fp16": "true"}, ("--fp16 is not there yet",)),
+        ({"optimizer": "8bit-adam"}, ("8bit-adam is not there yet",)),
+        ({"profiling": "tidy_profiling"}, ("tidy_profiling is not there yet",)),
+        ({"dp_backend": "nccl"}, ("nccl carries CUDA tensors only",)),
+        ({"device": "cuda"}, ("--device cuda needs a GPU",)),
+        ({"model_type": "bert"}, ("--model-type", "gptj")),
+        ({"lr": "fast"}, ("--lr", "fast")),
+        ({"lr": -1}, ("--lr must be 0 or more",)),
+        ({"min_lr": 1}, ("--min-lr must not exceed --lr",)),
+        ({"no_such_flag": 1}, ("unknown flags", "--no-such-flag")),
+        ({"model_name": "/no/such/folder"}, ("/no/such/folder",)),
+        ({"model_name": "no-such-name-on-any-hub"}, ("no-such-name-on-any-hub", "HF_HUB_OFFLINE")),
+        ({"config": "/no/such.yaml"}, ("--config must name a readable file",)),
+        ({"load_pretrained_model": "maybe"}, ("must be true or false", "maybe")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_flag_is_refused_by_every_rank(
+    wrong: dict[str, Any], wanted: tuple[str, ...], flags: dict[str, Any], tmp_path: Path
+) -> None:
+    if wrong.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    refused(tmp_path, *wanted, **{**flags, **wrong})
+
+
+def test_all_problems_of_a_command_line_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dist_clm_train.main(["--batch-size", "3", "--micro-batch-size", "2", "--world-size", "3", "--pipeline-group-size", "2"]) == 2
+    text = capsys.readouterr().err
+    for part in ("--model-name is required", "--task-name is required", "2 does not divide 3", "no multiple of --pipeline-group-size 2"):
+        assert part in text
+
+
+def test_more_stages_than_layers(flags: dict[str, Any], tmp_path: Path) -> None:
+    refused(tmp_path, "--pipeline-group-size is 5 and the model has 4 layers", stages=5, **flags)
+
+
+def ended(processes: list[Process], timeout_s: float = 25) -> list[str]:
+    try:
+        for process in processes:
+            assert process.wait(timeout_s) != 0, process.text
+            assert "Traceback" not in process.text
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.text for process in processes]
+
+
+def two_ranks(flags: dict[str, Any], tmp_path: Path, **of_rank: dict[str, Any]) -> list[Process]:
+    """Two stages; rank0 and rank1 may each get flags of their own."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    common = {"rendezvous_timeout": 20, **flags, "pipeline_group_size": 2, "world_size": 2, "dist_url": url, "device": "cpu"}
+    return launch(lambda rank: train_argv(**{**common, "rank": rank, **of_rank.get(f"rank{rank}", {})}), 2, tmp_path / "ranks")
+
+
+def test_a_rank_out_of_range_is_named_to_all(flags: dict[str, Any], tmp_path: Path) -> None:
+    texts = ended(two_ranks(flags, tmp_path, rank1={"rank": 7}))
+    assert all("--rank must be 0 .. 1" in text and "7" in text for text in texts), texts
+
+
+def test_a_rank_taken_twice_is_named_to_all(flags: dict[str, Any], tmp_path: Path) -> None:
+    common = {**flags, "pipeline_group_size": 4, "world_size": 4, "dist_url": f"tcp://127.0.0.1:{free_port()}", "device": "cpu"}
+    processes = launch(lambda n: train_argv(**{**common, "rank": (0, 1, 2, 2)[n]}), 4, tmp_path / "ranks")
+    texts = ended(processes)
+    assert all("rank 2 is taken twice" in text for text in texts), texts
+
+
+def test_two_rank_zeros_the_second_hears_that_the_port_is_taken(flags: dict[str, Any], tmp_path: Path) -> None:
+    processes = two_ranks({**flags, "rendezvous_timeout": 3}, tmp_path, rank1={"rank": 0})
+    texts = ended(processes)
+    assert any("is taken, by another job or another rank 0" in text for text in texts), texts
+
+
+def test_a_rank_that_never_shows_up_is_named_at_the_deadline(flags: dict[str, Any], tmp_path: Path) -> None:
+    common = {
+        **flags,
+        "pipeline_group_size": 2,
+        "data_group_size": 2,
+        "dist_url": f"tcp://127.0.0.1:{free_port()}",
+        "rendezvous_timeout": 2,
+    }
+    processes = launch(lambda rank: train_argv(**{**common, "rank": rank, "world_size": 4}), 2, tmp_path / "ranks")
+    for text in ended(processes):
+        assert "rank 2 (stage 0 of 2, replica 1 of 2), rank 3 (stage 1 of 2, replica 1 of 2)" in text
+        assert "within 2 s" in text
+
+
+def test_rank_0_that_never_shows_up_is_named_at_the_deadline(flags: dict[str, Any], tmp_path: Path) -> None:
+    common = {**flags, "pipeline_group_size": 2, "world_size": 2, "dist_url": f"tcp://127.0.0.1:{free_port()}", "rendezvous_timeout": 2}
+    (text,) = ended(launch(lambda _: train_argv(**{**common, "rank": 1}), 1, tmp_path / "ranks"))
+    assert "rank 0 must answer at tcp://127.0.0.1:" in text
+
+
+@pytest.fixture
+def foreign_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+def test_a_taken_port_is_named_and_a_foreign_program_is_not_taken_for_rank_0(
+    foreign_port: int, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comms.lifeline.GREETING_TIMEOUT_S", 1.0)
+    url = {"dist_url": f"tcp://127.0.0.1:{foreign_port}"}
+    texts = ended(two_ranks(flags, tmp_path, rank0=url, rank1=url))
+    assert f"port {foreign_port} on 127.0.0.1 is taken" in texts[0]
+    assert "something else answers" in texts[1]
+
+
+def test_other_flags_on_one_rank_are_named_with_both_values(flags: dict[str, Any], tmp_path: Path) -> None:
+    for text in ended(two_ranks(flags, tmp_path, rank1={"lr": 0.5})):
+        assert "--lr: " in text and "0.5" in text and "1e-05" in text
+
+
+def test_another_model_on_one_rank_is_noticed(flags: dict[str, Any], tmp_path: Path) -> None:
+    make_model(tmp_path / "wider", n_embd=64)
+    for text in ended(two_ranks(flags, tmp_path, rank1={"model_name": tmp_path / "wider"})):
+        assert "model (configuration and tensor shapes)" in text
+
+
+def test_another_world_size_on_one_rank_is_named(flags: dict[str, Any], tmp_path: Path) -> None:
+    for text in ended(two_ranks(flags, tmp_path, rank1={"world_size": 4, "data_group_size": 2})):
+        assert "agree on --world-size" in text
+
+
+def test_a_wrong_interface_on_rank_0_alone_is_told_to_the_others_at_once(flags: dict[str, Any], tmp_path: Path) -> None:
+    started = time.monotonic()
+    for text in ended(two_ranks(flags, tmp_path, rank0={"net_interface": "nosuch0"})):
+        assert "'nosuch0' is not one of" in text
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("variable", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
+def test_an_interface_variable_that_disagrees_is_an_error_naming_both(variable: str, flags: dict[str, Any], tmp_path: Path) -> None:
+    def before(_: int) -> None:
+        os.environ[variable] = "eth9"
+
+    refused(tmp_path, variable, "'eth9'", "'lo'", before=before, **flags)
+
+
+def test_a_dist_url_that_is_not_this_machines_is_refused_by_rank_0(flags: dict[str, Any], tmp_path: Path) -> None:
+    url = {"dist_url": f"tcp://203.0.113.7:{free_port()}", "rendezvous_timeout": 1, "net_interface": "lo"}
+    (text,) = ended(launch(lambda _: train_argv(**{**flags, **url, "rank": 0, "world_size": 1}), 1, tmp_path / "ranks"))
+    assert "203.0.113.7 is not an address of this machine" in text
+
+
+def bad_file(tmp_path: Path, content: str) -> Path:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    return path
+
+
+GOOD = json.dumps({"text": "a good document"}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("", ("bad.jsonl",)),
+        ("\n\n", ("bad.jsonl",)),
+        (GOOD + "{broken\n" + GOOD, ("bad.jsonl:2", "--on-bad-record skip")),
+        (GOOD + GOOD + '{"txt": "x"}\n', ("bad.jsonl:3", "text")),
+        ('{"text": 7}\n', ("bad.jsonl:1", "text")),
+        ("[1]\n", ("bad.jsonl:1",)),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line_on_every_rank(
+    content: str, wanted: tuple[str, ...], flags: dict[str, Any], tmp_path: Path
+) -> None:
+    refused(tmp_path, *wanted, **{**flags, "task_name": bad_file(tmp_path, content)})
+
+
+def test_bad_records_can_be_skipped(flags: dict[str, Any], tmp_path: Path) -> None:
+    path = bad_file(tmp_path, GOOD * 30 + "{broken\n" + GOOD)
+    processes = train(tmp_path / "ranks", stages=2, **{**flags, "task_name": path, "on_bad_record": "skip"})
+    assert "skip" in processes[0].text and "bad.jsonl" in processes[0].text
+
+
+@pytest.mark.parametrize(
+    ("task_list", "wanted"),
+    [
+        ("{tmp}/nothing.jsonl", ("nothing.jsonl",)),
+        ("{good}:-1", ("-1",)),
+        ("{good}:0,{good}:0", ("0",)),
+        ("{good}:nan", ("nan",)),
+        ("{good},,{good}", ("no path",)),
+        ("{tmp}/x.parquet", (".jsonl",)),
+        ("", ("--task-name",)),
+    ],
+)
+def test_bad_task_lists_are_refused(
+    task_list: str, wanted: tuple[str, ...], flags: dict[str, Any], tasks: list[Path], tmp_path: Path
+) -> None:
+    name = task_list.format(tmp=tmp_path, good=tasks[0])
+    refused(tmp_path, *wanted, everywhere=False, **{**flags, "task_name": name, "rendezvous_timeout": 3})
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "large", vocab_size=350)
+    refused(tmp_path, "has 3", "the model 320", **{**flags, "tokenizer_name": tmp_path / "large"})
+
+
+def test_a_folder_without_a_tokenizer_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    make_model(tmp_path / "bare")
+    refused(tmp_path, "must hold a tokenizer", "--tokenizer-name", **{**flags, "model_name": tmp_path / "bare"})
+
+
+def damaged_copy(model_folder: Path, tmp_path: Path, damage: str) -> Path:
+    folder = tmp_path / "damaged"
+    shutil.copytree(model_folder, folder)
+    file = folder / "model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+        return folder
+    tensors = load_file(file)
+    if damage == "missing":
+        del tensors["transformer.h.2.attn.k_proj.weight"]
+    elif damage == "extra":
+        tensors["transformer.h.4.ln_1.weight"] = torch.zeros(32)
+    elif damage == "shape":
+        tensors["lm_head.bias"] = torch.zeros(319)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "wanted"),
+    [
+        ("missing", ("missing", "transformer.h.2.attn.k_proj.weight")),
+        ("extra", ("extra", "transformer.h.4.ln_1.weight")),
+        ("shape", ("lm_head.bias", "319", "320")),
+        ("truncated", ("model.safetensors",)),
+    ],
+)
+def test_a_damaged_model_folder_is_refused_before_any_weight_is_loaded(
+    damage: str, wanted: tuple[str, ...], flags: dict[str, Any], model_folder: Path, tmp_path: Path
+) -> None:
+    refused(tmp_path, *wanted, **{**flags, "model_name": damaged_copy(model_folder, tmp_path, damage)})
+
+
+@pytest.fixture
+def finished(flags: dict[str, Any], tmp_path: Path) -> Path:
+    train(tmp_path / "first", **flags)
+    return Path(flags["checkpoint_path"])
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"seed": 7}, ("--seed: then 42, now 7",)),
+        ({"seq_length": 16}, ("--seq-length: then 32, now 16",)),
+        ({"batch_size": 8}, ("global batch", "then 4, now 8")),
+        ({"task_name": "other"}, ("--task-name", "task0.jsonl", "task1.jsonl")),
+        ({"task_name": "reweighted"}, ("--task-name", "0.25")),
+        ({"tokenizer_name": "other"}, ("tokenizer: then",)),
+        ({"gradient_accumulate_step": 2, "batch_size": 2}, ("--gradient-accumulate-step: then 1, now 2",)),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_resume_with_other_data_names_both_values_and_can_start_the_data_over(
+    change: dict[str, Any], wanted: tuple[str, ...], flags: dict[str, Any], finished: Path, tasks: list[Path], tmp_path: Path
+) -> None:
+    change = dict(change)
+    if change.get("task_name") == "other":
+        change["task_name"] = tasks[1]
+    if change.get("task_name") == "reweighted":
+        change["task_name"] = f"{tasks[0]}:3,{tasks[0]}:1"
+    if "tokenizer_name" in change:
+        make_tokenizer(tmp_path / "other", vocab_size=300)
+        change["tokenizer_name"] = tmp_path / "other"
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
+    longer = {**flags, **change, "total_steps": 4, "checkpoint_path": None}
+    for process in refused(tmp_path, *wanted, "--allow-data-change", **{**longer, "before": _at(finished)}):
+        assert process.status == 1
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"} == before
+    if "gradient_accumulate_step" not in change:
+        processes = train(tmp_path / "over", stages=2, **{**longer, "checkpoint_path": finished, "allow_data_change": "true"})
+        assert "starts over" in processes[0].text
+        assert (finished / "4" / "manifest.json").exists()
+
+
+def _at(folder: Path) -> Any:
+    """refused() holds checkpoint_path to stay empty; this one is not, so it comes in through the environment of the flags."""
+
+    def before(_: int) -> None:
+        import sys
+
+        main = dist_clm_train.main
+        sys.modules["dist_clm_train"].main = lambda argv: main([*argv, "--checkpoint-path", str(folder)])  # type: ignore[attr-defined]
+
+    return before
+
+
+def test_learning_rate_total_and_checkpoint_steps_may_change_on_resume(flags: dict[str, Any], finished: Path, tmp_path: Path) -> None:
+    train(tmp_path / "more", stages=2, **{**flags, "total_steps": 4, "lr": 5e-4, "checkpoint_steps": 1})
+    assert {"2", "3", "4"} <= {path.name for path in finished.iterdir()}
+
+
+def test_a_checkpoint_of_another_model_is_refused(flags: dict[str, Any], finished: Path, tmp_path: Path) -> None:
+    config = finished / "2" / "config.json"
+    changed = {**json.loads(config.read_text()), "model_type": "gpt_neox"}
+    from training.saving import find_resume_point
+
+    text = json.dumps(changed)
+    manifest = finished / "2" / "manifest.json"
+    listed = json.loads(manifest.read_text())
+    listed["files"]["config.json"]["size"] = len(text)
+    config.write_text(text)
+    manifest.write_text(json.dumps(listed))
+    from checkpoint.model_folder import ModelFolder
+    from modules.gptj import GPTJConfig
+
+    own = GPTJConfig.from_hf(ModelFolder.open(flags["model_name"]).config)
+    with pytest.raises(UserError, match="checkpoint of model type 'gpt_neox'"):
+        find_resume_point(finished, own)
+    for process in train(tmp_path / "again", stages=2, expect=1, **{**flags, "total_steps": 4}):
+        assert "gpt_neox" in process.text and "Traceback" not in process.text
+
+
+def test_a_second_job_on_the_same_checkpoint_path_is_refused_naming_the_owner(flags: dict[str, Any], tmp_path: Path) -> None:
+    from checkpoint.job_lock import JobLock
+
+    with JobLock(Path(flags["checkpoint_path"])):
+        refused(tmp_path, str(os.getpid()), **flags)
+
+
+def test_a_checkpoint_path_that_cannot_be_made_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    refused(tmp_path, "file", **{**flags, "checkpoint_path": tmp_path / "file" / "run"})
+    assert (tmp_path / "file").read_text() == "not a folder"

@@ -1,0 +1,164 @@
+"""--net-interface selects the interface for real: two hosts (network namespaces) with two interfaces each, seen from their socket tables."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import REPOSITORY, log_rows, train_argv
+
+HOSTS = ("clm-a", "clm-b")
+LISTEN, ESTABLISHED = "0A", "01"
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def clean_up() -> None:
+    for host in HOSTS:
+        subprocess.run(["ip", "netns", "del", host], capture_output=True)
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[None]:
+    """Hosts .1 and .2 of 10.81.1.0/24 over "front" and of 10.81.2.0/24 over "back"."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("making network namespaces needs root and iproute2")
+    clean_up()
+    try:
+        for host in HOSTS:
+            ip("netns", "add", host)
+            ip("-n", host, "link", "set", "lo", "up")
+        for net, name in ((1, "front"), (2, "back")):
+            ip("link", "add", name, "netns", HOSTS[0], "type", "veth", "peer", "name", name, "netns", HOSTS[1])
+            for number, host in enumerate(HOSTS, start=1):
+                ip("-n", host, "addr", "add", f"10.81.{net}.{number}/24", "dev", name)
+                ip("-n", host, "link", "set", name, "up")
+    except subprocess.CalledProcessError as error:
+        clean_up()
+        pytest.skip(f"this machine makes no network namespaces: {error.stderr.decode().strip()}")
+    yield
+    clean_up()
+
+
+def local_addresses(pid: int, state: str) -> set[str]:
+    """Local addresses of the TCP sockets in ``state`` in the network namespace of process ``pid``."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, seen, *_ = line.split()
+            if seen == state:
+                packed = local.split(":")[0]
+                found.add(".".join(str(byte) for byte in reversed(bytes.fromhex(packed))) if table == "tcp" else packed)
+    return found
+
+
+def start(rank: int, argv: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
+    with (folder / f"rank{rank}.txt").open("wb") as output:
+        return subprocess.Popen(
+            ["ip", "netns", "exec", HOSTS[rank], sys.executable, "dist_clm_train.py", *argv],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.parametrize("interface", ["back", None])
+def test_store_hub_and_gloo_use_the_chosen_interface_only(
+    interface: str | None, two_hosts: None, model_folder: Path, tasks: list[Path], tmp_path: Path
+) -> None:
+    """With the name, and without it by the route to --dist-url."""
+    flags = {
+        "model_name": model_folder,
+        "task_name": tasks[0],
+        "checkpoint_path": tmp_path / "run",
+        "seq_length": 32,
+        "batch_size": 4,
+        "micro_batch_size": 1,
+        "total_steps": 400,
+        "pipeline_group_size": 2,
+        "world_size": 2,
+        "dist_url": "tcp://10.81.2.1:9123",
+        "num_threads": 1,
+        "device": "cpu",
+        "rendezvous_timeout": 60,
+        "net_interface": interface,
+    }
+    processes = [start(rank, train_argv(**flags, rank=rank), tmp_path) for rank in (0, 1)]
+
+    def said() -> str:
+        return "\n".join((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
+
+    try:
+        give_up = time.monotonic() + 60
+        log = tmp_path / "run" / "train_log.jsonl"
+        while not (log.exists() and len(log.read_text().splitlines()) > 3):
+            assert time.monotonic() < give_up and all(process.poll() is None for process in processes), said()
+            time.sleep(0.02)
+        for number, process in enumerate(processes, start=1):
+            assert local_addresses(process.pid, LISTEN) == {f"10.81.2.{number}"}
+            assert local_addresses(process.pid, ESTABLISHED) == {f"10.81.2.{number}"}
+        assert [process.wait(60) for process in processes] == [0, 0], said()
+        assert log_rows(tmp_path / "run")[-1]["step"] == 400
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_an_interface_that_does_not_own_the_dist_url_is_refused(
+    two_hosts: None, model_folder: Path, tasks: list[Path], tmp_path: Path
+) -> None:
+    flags = {
+        "model_name": model_folder,
+        "task_name": tasks[0],
+        "checkpoint_path": tmp_path / "run",
+        "total_steps": 1,
+        "seq_length": 32,
+        "dist_url": "tcp://10.81.1.1:9123",
+        "net_interface": "back",
+        "rank": 0,
+        "world_size": 1,
+    }
+    process = start(0, train_argv(**flags), tmp_path)
+    assert process.wait(60) == 1
+    text = (tmp_path / "rank0.txt").read_text()
+    assert "10.81.1.1 belongs to front, the interface is back (10.81.2.1)" in text and "Traceback" not in text
+
+
+def test_loopback_is_refused_where_the_peer_is_another_host() -> None:
+    import socket
+    import threading
+
+    from comms.hub import Hello, Hub
+    from comms.lifeline import Lifeline
+    from comms.rendezvous import listen
+    from user_error import UserError
+
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    hub = Hub(listener, world_size=2, deadline_s=20, formed={}, describe=str)
+    said: list[str] = []
+
+    def join(rank: int) -> None:
+        hello = Hello(rank=rank, world_size=2, host=f"h{rank}", host_id=f"id{rank}", pid=1, address="127.0.0.1", is_loopback=True, plan={})
+        try:
+            Lifeline(("127.0.0.1", port), deadline_s=10).join(hello)
+        except UserError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    hub.close()
+    assert len(said) == 2 and all("cannot meet over a loopback interface" in text for text in said)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, "the hub is closed"

@@ -1,0 +1,150 @@
+"""Schedules, cuts, places, curves and flags: functions of plain values, tested without processes."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+
+from comms.place import place_of
+from comms.rendezvous import door_of_torchrun, parse_dist_url
+from optim.schedule import LearningRate
+from pipeline_parallel.partition import cut_by_num_layers, even_cut
+from pipeline_parallel.schedule import Action, order, peak_in_flight
+from training.config import Config, parse_config, shared_flags
+from training.flags import describe_flags
+from user_error import UserError
+
+NEEDED = ["--model-name", "m", "--task-name", "t.jsonl", "--checkpoint-path", "c", "--total-steps", "12"]
+
+
+def test_gpipe_runs_all_forwards_then_all_backwards_in_micro_batch_order() -> None:
+    actions = order("gpipe", 3)
+    assert actions == (Action("F", 0), Action("F", 1), Action("F", 2), Action("B", 0), Action("B", 1), Action("B", 2))
+    assert [peak_in_flight(order("gpipe", m)) for m in (1, 2, 8)] == [1, 2, 8]
+
+
+def test_every_even_cut_covers_the_model_and_gives_every_stage_a_layer() -> None:
+    for num_layers, num_stages in itertools.product(range(1, 45), range(1, 45)):
+        if num_stages > num_layers:
+            with pytest.raises(UserError, match=f"--pipeline-group-size {num_layers} or less"):
+                even_cut(num_layers, num_stages)
+            continue
+        cut = even_cut(num_layers, num_stages)
+        assert [i for first, last in cut for i in range(first, last)] == list(range(num_layers))
+        sizes = [last - first for first, last in cut]
+        assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+def test_a_cut_by_num_layers_is_exact_or_refused() -> None:
+    for num_layers, num_stages, n in itertools.product(range(1, 30), range(1, 10), range(12)):
+        fits = n >= 1 and n * num_stages >= num_layers and n * (num_stages - 1) < num_layers
+        if fits:
+            cut = cut_by_num_layers(num_layers, num_stages, n)
+            assert cut == tuple((s * n, min((s + 1) * n, num_layers)) for s in range(num_stages))
+        else:
+            with pytest.raises(UserError):
+                cut_by_num_layers(num_layers, num_stages, n)
+    assert cut_by_num_layers(44, 8, 6)[-1] == (42, 44)
+    with pytest.raises(UserError, match="stage 7 of 8 would get none"):
+        cut_by_num_layers(44, 8, 7)
+
+
+def test_places_are_a_grid_of_replicas_and_stages() -> None:
+    places = [place_of(rank, dp_size=2, pp_size=3) for rank in range(6)]
+    assert [(p.dp, p.pp) for p in places] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert places[4].replica_ranks == [1, 4]
+    assert [p.is_last_stage for p in places] == [False, False, True] * 2
+    for rank in (-1, 6):
+        with pytest.raises(UserError, match=r"0 \.\. 5"):
+            place_of(rank, dp_size=2, pp_size=3)
+
+
+@pytest.mark.parametrize("curve", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("num_warmup_steps", [0, 1, 5])
+def test_learning_rates_rise_to_the_peak_and_reach_their_end(curve: str, num_warmup_steps: int) -> None:
+    rate = LearningRate(peak=2.0, minimum=0.5, num_warmup_steps=num_warmup_steps, num_steps=20, curve=curve)  # type: ignore[arg-type]
+    rates = [rate.at(n) for n in range(1, 22)]
+    warm, rest = rates[:num_warmup_steps], rates[num_warmup_steps:]
+    assert all(0 < a < b < 2.0 for a, b in itertools.pairwise([*warm, 1.999]))
+    assert rest[0] == 2.0
+    if curve == "constant":
+        assert set(rest) == {2.0}
+    else:
+        assert all(a > b for a, b in itertools.pairwise(rest))
+        assert rest[-1] == 0.5, "the rate after the last update is the minimum"
+
+
+def test_linear_and_cosine_follow_transformers_schedules() -> None:
+    import torch
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    for curve, make in (("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3.0)
+        theirs = make(optimizer, num_warmup_steps=4, num_training_steps=17)
+        ours = LearningRate(peak=3.0, minimum=0.0, num_warmup_steps=4, num_steps=17, curve=curve)  # type: ignore[arg-type]
+        for update in range(1, 18):
+            if update > 4:
+                assert ours.at(update) == pytest.approx(theirs.get_last_lr()[0])
+            optimizer.step()
+            theirs.step()
+
+
+def test_warmup_counts_accumulation_steps_and_rounds_up_to_optimizer_steps() -> None:
+    from training.loop import _learning_rate
+
+    config = parse_config([*NEEDED, "--gradient-accumulate-step", "4", "--warmup-steps", "5"], {})
+    assert _learning_rate(config, 3).num_warmup_steps == math.ceil(5 / 4) == 2
+    config = parse_config([*NEEDED, "--gradient-accumulate-step", "4", "--warmup-proportion", "0.5"], {})
+    assert _learning_rate(config, 3).num_warmup_steps == 2
+
+
+def test_a_config_file_gives_flags_by_name_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1e-4\nseq-length: 128\nload_pretrained_model: false\ncuda-id: null\nadam-eps: 1.0e-7\n")
+    config = parse_config(["--config", str(file), *NEEDED, "--seq-length", "64"], {})
+    assert (config.lr, config.seq_length, config.load_pretrained_model, config.adam_eps) == (1e-4, 64, False, 1e-7)
+    for text, message in (
+        ("learning-rate: 1", "not a flag"),
+        ("seq-lenght: 1", "did you mean 'seq-length'"),
+        ("- 1", "one mapping"),
+        ("lr: [1]", "must be one value"),
+        ("a: b: c", "not"),
+        ("seq-length: many", "--seq-length"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            parse_config(["--config", str(file), *NEEDED], {})
+
+
+def test_torchruns_environment_fills_in_what_the_flags_leave_out() -> None:
+    environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    config = parse_config([*NEEDED, "--pipeline-group-size", "2"], environment)
+    assert (config.rank, config.world_size, config.cuda_id, config.data_group_size) == (3, 4, 1, 2)
+    config = parse_config([*NEEDED, "--pipeline-group-size", "2", "--rank", "1", "--world-size", "2", "--cuda-id", "0"], environment)
+    assert (config.rank, config.world_size, config.cuda_id, config.data_group_size) == (1, 2, 0, 1)
+    agent = {"MASTER_ADDR": "h", "MASTER_PORT": "5", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+    door = door_of_torchrun(agent)
+    assert door is not None and door.agent_prefix is not None and door.agent_prefix.endswith("/2")
+    assert door_of_torchrun({}) is None
+    with pytest.raises(UserError, match="RANK of the environment"):
+        parse_config(NEEDED, {"RANK": "x"})
+
+
+def test_dist_urls_are_read_or_refused() -> None:
+    assert parse_dist_url("tcp://10.0.0.1:9000").port == 9000
+    assert parse_dist_url("tcp://[::1]:80").host == "::1"
+    for bad in ("10.0.0.1:9000", "http://h:1", "tcp://h", "tcp://:9", "tcp://h:0", "tcp://h:x", ""):
+        with pytest.raises(UserError, match="tcp://HOST:PORT"):
+            parse_dist_url(bad)
+
+
+def test_shared_flags_leave_out_what_a_host_may_spell_its_own_way() -> None:
+    shared = shared_flags(parse_config(NEEDED, {}))
+    assert "--rank" not in shared and "--model-name" not in shared
+    assert {"--lr", "--seq-length", "--total-steps", "--seed", "--pp-mode"} <= set(shared)
+
+
+def test_the_documentation_of_flags_is_up_to_date() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "flags.md").read_text()
+    assert text.endswith(describe_flags(Config)), "run: python -m training.config > docs/flags.md"

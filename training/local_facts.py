@@ -1,0 +1,73 @@
+"""What one rank can find out alone, before it talks to anybody: its place, interface, device, and the model from its headers.
+
+Reads no weight and writes nothing. Every mistake found here is a UserError; training/job.py takes it to the other ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint.model_folder import ModelFolder, check_model_folder, resolve_model_folder
+from comms.interfaces import Interface, choose_interface, select_for_transport
+from comms.place import Place, place_of
+from modules.gptj import GPTJConfig
+from pipeline_parallel.partition import Cut, cut_by_num_layers, even_cut
+from training.config import Config
+from user_error import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalFacts:
+    """What one rank found out without talking to anybody."""
+
+    place: Place
+    interface: Interface
+    device: torch.device
+    backend: str
+    model: ModelFolder
+    model_config: GPTJConfig
+    cut: Cut
+
+
+def look_around(config: Config) -> LocalFacts:
+    """Everything this rank can check alone. Raises UserError."""
+    assert config.data_group_size is not None and config.rank is not None and config.model_name is not None, "parse_config filled these in"
+    place = place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)
+    interface = choose_interface(config.net_interface, config.door.host)
+    select_for_transport(interface)
+    device, backend = _device_and_backend(config)
+    model = ModelFolder.open(resolve_model_folder(config.model_name))
+    model_config = GPTJConfig.from_hf(model.config)
+    check_model_folder(model, model_config)
+    if config.embedding_dim not in (None, model_config.width):
+        raise UserError(
+            f"--embedding-dim must be the model's width; it is {config.embedding_dim}, config.json says {model_config.width}. Leave it out"
+        )
+    if config.seq_length > model_config.num_positions:
+        raise UserError(
+            f"--seq-length must not exceed the model's positions; it is {config.seq_length}, config.json says {model_config.num_positions}"
+        )
+    if config.num_layers is None:
+        cut = even_cut(model_config.num_layers, place.pp_size)
+    else:
+        cut = cut_by_num_layers(model_config.num_layers, place.pp_size, config.num_layers)
+    return LocalFacts(place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut)
+
+
+def _device_and_backend(config: Config) -> tuple[torch.device, str]:
+    has_cuda = torch.cuda.is_available() if config.device != "cpu" else False
+    if config.device == "cuda" and not has_cuda:
+        raise UserError(
+            "--device cuda needs a GPU that torch can use; torch.cuda.is_available() is false. Install the CUDA build of "
+            "torch, or use --device cpu"
+        )
+    backend = config.dp_backend or ("nccl" if has_cuda else "gloo")
+    if not has_cuda:
+        if backend == "nccl":
+            raise UserError("--dp-backend nccl carries CUDA tensors only, and this rank computes on the CPU; use --dp-backend gloo")
+        return torch.device("cpu"), backend
+    assert config.cuda_id is not None, "parse_config filled it in"
+    if config.cuda_id >= torch.cuda.device_count():
+        raise UserError(f"--cuda-id must be 0 .. {torch.cuda.device_count() - 1} on this host; it is {config.cuda_id}")
+    torch.cuda.set_device(config.cuda_id)
+    return torch.device("cuda", config.cuda_id), backend
