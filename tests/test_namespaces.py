@@ -1,4 +1,4 @@
-"""--net-interface selects the interface for real: two hosts (network namespaces) with two interfaces each, seen from their socket tables."""
+"""--net-interface selects the interface for real: two hosts (network namespaces) of two interfaces each, by their socket tables."""
 
 import os
 import shutil
@@ -53,8 +53,8 @@ def local_addresses(pid: int, state: str) -> set[str]:
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             _, local, _, seen, *_ = line.split()
             if seen == state:
-                packed = local.split(":")[0]
-                found.add(".".join(str(byte) for byte in reversed(bytes.fromhex(packed))) if table == "tcp" else packed)
+                packed = local.split(":")[0].removeprefix("0000000000000000FFFF0000")  # an IPv4 address in IPv6 clothes
+                found.add(".".join(str(byte) for byte in reversed(bytes.fromhex(packed))) if len(packed) == 8 else packed)
     return found
 
 
@@ -129,7 +129,7 @@ def test_an_interface_that_does_not_own_the_dist_url_is_refused(
     process = start(0, train_argv(**flags), tmp_path)
     assert process.wait(60) == 1
     text = (tmp_path / "rank0.txt").read_text()
-    assert "10.81.1.1 belongs to front, the interface is back (10.81.2.1)" in text and "Traceback" not in text
+    assert "10.81.1.1 belongs to front, the interface is back (10.81.2.1" in text and "Traceback" not in text
 
 
 def test_loopback_is_refused_where_the_peer_is_another_host() -> None:
