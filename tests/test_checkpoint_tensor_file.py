@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -68,22 +69,21 @@ def test_a_file_is_never_overwritten_in_place(tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == before
 
 
-def test_tensors_are_asked_for_one_after_the_other_and_converted(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["as it is", "converted"])
+def test_tensors_are_asked_for_one_after_the_other(dtype, tmp_path):
     alive = []
 
     def read(value):
-        tensor = torch.full((4,), value)
         assert not alive, "the tensor before is still in memory"
+        tensor = torch.full((4,), value)
         alive.append(value)
-        import weakref
-
         weakref.finalize(tensor, alive.clear)
         return tensor
 
-    sources = [TensorSource(name=f"t{i}", dtype=torch.float16, shape=torch.Size([4]), read=lambda i=i: read(i / 3)) for i in range(3)]
+    sources = [TensorSource(name=f"t{i}", dtype=dtype, shape=torch.Size([4]), read=lambda i=i: read(i / 3)) for i in range(3)]
     write_tensor_file(tmp_path / "a.safetensors", sources, relative_to=tmp_path)
     read_back = load_file(tmp_path / "a.safetensors")
-    assert all(torch.equal(as_bytes(read_back[f"t{i}"]), as_bytes(torch.full((4,), i / 3).half())) for i in range(3))
+    assert all(torch.equal(as_bytes(read_back[f"t{i}"]), as_bytes(torch.full((4,), i / 3).to(dtype))) for i in range(3))
 
 
 def test_json_keeps_every_digit_of_a_float(tmp_path):

@@ -37,6 +37,11 @@ def look_around(config: Config) -> LocalFacts:
     select_for_transport(interface)
     device, backend = _device_and_backend(config)
     model = ModelFolder.open(resolve_model_folder(config.model_name))
+    if model.config.get("model_type") != config.model_type:
+        raise UserError(
+            f"--model-type must be that of the model; it is {config.model_type}, {model.path / 'config.json'} says "
+            f"{model.config.get('model_type')!r}"
+        )
     model_config = GPTJConfig.from_hf(model.config)
     check_model_folder(model, model_config)
     if config.embedding_dim not in (None, model_config.width):

@@ -16,8 +16,8 @@ def describe_run(config: Config, job: Job, first_step: int) -> str:
     place = job.place
     where = f"{job.device}, {job.num_threads} compute thread(s) per rank" if job.device.type == "cpu" else str(job.device)
     lines = [
-        f"{place.world_size} ranks: {place.pp_size} stage(s) x {place.dp_size} replica(s), {job.backend} over {job.interface.name} "
-        f"({job.interface.address}), rank 0 on {where}",
+        f"{place.world_size} ranks: {place.pp_size} stage(s) ({config.pp_mode}) x {place.dp_size} replica(s) ({config.dp_mode}), "
+        f"{job.backend} over {job.interface.name} ({job.interface.address}), rank 0 on {where}",
         f"starting at step {first_step} of {config.total_steps}",
         "configuration:",
         table(

@@ -1,0 +1,169 @@
+"""The rules of the house, held by reading its sources: floors, no hidden state, nothing executed that was read, flags that are real."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import REPOSITORY
+
+from training.config import Config
+
+FLOORS = {
+    "user_error": 0,
+    "modules": 1,
+    "comms": 1,
+    "pipeline_parallel": 2,
+    "data_parallel": 2,
+    "optim": 2,
+    "checkpoint": 2,
+    "tasks": 2,
+    "training": 3,
+    "dist_clm_train": 4,
+    "convert_from_hf_gptj": 4,
+    "convert_to_hf_gptj": 4,
+}
+SCRIPTS = [name for name, floor in FLOORS.items() if floor == 4]
+
+
+def sources() -> list[Path]:
+    """The project's own Python files, tests excepted."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [REPOSITORY / name for name in listed.stdout.split() if not name.startswith("tests/") and (REPOSITORY / name).exists()]
+
+
+def house() -> list[Path]:
+    return [path for path in sources() if room_of(path) in FLOORS]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(REPOSITORY).parts[0].removesuffix(".py")
+
+
+def trees(paths: list[Path]) -> Iterator[tuple[Path, ast.Module]]:
+    for path in paths:
+        yield path, ast.parse(path.read_text(), filename=str(path))
+
+
+def imported_rooms(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            found.add("relative import")
+    return found
+
+
+def test_every_file_has_a_room_and_imports_go_strictly_down() -> None:
+    assert {room_of(path) for path in sources()} - {"benchmarks", "example_scripts"} == set(FLOORS)
+    for path, tree in trees(house()):
+        room = room_of(path)
+        for other in imported_rooms(tree):
+            assert other != "relative import", f"{path}: imports name the room"
+            if other in FLOORS and other != room:
+                assert FLOORS[other] < FLOORS[room], f"{path}: {room} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+
+
+def test_the_rule_of_floors_notices_an_import_upwards() -> None:
+    assert imported_rooms(ast.parse("from training.loop import train")) == {"training"}
+    assert FLOORS["training"] > FLOORS["modules"]
+
+
+def test_models_know_no_ranks_and_only_config_has_seen_argparse() -> None:
+    for path, tree in trees(house()):
+        rooms = imported_rooms(tree)
+        if room_of(path) == "modules":
+            assert "torch.distributed" not in path.read_text(), path
+        if room_of(path) not in SCRIPTS and path.name not in ("flags.py",):
+            assert "argparse" not in rooms, path
+
+
+def test_no_star_imports_no_bare_excepts_no_globals_no_print_below_the_scripts() -> None:
+    for path, tree in trees(sources()):
+        for node in ast.walk(tree):
+            where = f"{path}:{getattr(node, 'lineno', 0)}"
+            assert not (isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)), where
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), where
+            assert not isinstance(node, ast.Global), where
+    for path, tree in trees(house()):
+        if room_of(path) in SCRIPTS or path.name == "config.py":
+            continue
+        for node in ast.walk(tree):
+            assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"), f"{path}:{getattr(node, 'lineno', 0)}"
+
+
+def test_nothing_from_disk_or_wire_is_ever_executed() -> None:
+    for path, tree in trees(sources()):
+        assert not imported_rooms(tree) & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}, path
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            where = f"{path}:{node.lineno}"
+            assert not re.search(
+                r"(gather|broadcast|scatter|send|recv)_object(_list)?$|\b(eval|exec)$|yaml\.(load|unsafe_load)$", called
+            ), where
+            if called.endswith("torch.load"):
+                assert any(k.arg == "weights_only" and getattr(k.value, "value", False) is True for k in node.keywords), where
+
+
+def test_every_file_says_why_it_exists_and_public_things_have_contracts() -> None:
+    for path, tree in trees(house()):
+        assert ast.get_docstring(tree), f"{path} has no docstring"
+        for node in tree.body if room_of(path) not in SCRIPTS else []:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def test_files_stay_under_400_lines_and_functions_under_a_screen() -> None:
+    for path, tree in trees(house()):
+        assert len(path.read_text().splitlines()) < 400, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None and node.end_lineno - node.lineno < 70, f"{path}: {node.name} is longer than a screen"
+
+
+def flags_read(paths: list[Path]) -> set[str]:
+    """Names read as attributes of something called config or of self (inside Config itself)."""
+    found = set()
+    for _, tree in trees(paths):
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Load)
+                and ast.unparse(node.value) in ("config", "self._config", "self")
+            ):
+                found.add(node.attr)
+    return found
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
+def test_every_flag_is_documented_and_read(field: "dataclasses.Field[object]") -> None:
+    documented = (REPOSITORY / "docs" / "flags.md").read_text()
+    assert re.search(rf"^\| `--{field.name.replace('_', '-')}[ `]", documented, re.MULTILINE)
+    assert len(field.metadata["help"]) > 10
+    assert field.name in flags_read([path for path in house() if room_of(path) == "training"]), "a flag nobody reads is a defect"
+
+
+def test_optional_packages_and_cuda_are_not_touched_at_import() -> None:
+    code = (
+        "import sys, torch, dist_clm_train, convert_from_hf_gptj, convert_to_hf_gptj\n"
+        "loaded = {'wandb', 'bitsandbytes', 'cupy', 'datasets', 'transformers'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
