@@ -15,20 +15,35 @@ def describe_run(config: Config, job: Job, first_step: int) -> str:
     """A few short tables for rank 0's log."""
     place = job.place
     where = f"{job.device}, {job.num_threads} compute thread(s) per rank" if job.device.type == "cpu" else str(job.device)
+    dropouts = {name: value for name, value in job.model.config.items() if name.endswith("_pdrop") and value}
     lines = [
         f"{place.world_size} ranks: {place.pp_size} stage(s) ({config.pp_mode}) x {place.dp_size} replica(s) ({config.dp_mode}), "
         f"{job.backend} over {job.interface.name} ({job.interface.address}), rank 0 on {where}",
         f"starting at step {first_step} of {config.total_steps}",
         "configuration:",
-        table(
-            [("flag", "value"), *((flag_name(name), str(value)) for name, value in dataclasses.asdict(config).items() if value is not None)]
-        ),
+        table([("flag", "value"), *_resolved_flags(config, job)]),
         "cut:",
         table([("stage", "layers", "parameters", "fp32 bytes"), *_cut_rows(job)]),
         "precisions:",
         table([("of", "dtype", "why"), *_precisions(job)]),
+        *([f"note: config.json asks for dropout ({dropouts}); this version trains without"] if dropouts else []),
     ]
     return "\n".join(lines)
+
+
+def _resolved_flags(config: Config, job: Job) -> list[tuple[str, ...]]:
+    """Every flag with the value in force, also where it was left out."""
+    in_force = {
+        **dataclasses.asdict(config),
+        "tokenizer_name": config.tokenizer_name or config.model_name,
+        "dist_url": config.dist_url or config.door,
+        "net_interface": job.interface.name,
+        "dp_backend": job.backend,
+        "device": job.device,
+        "num_threads": job.num_threads,
+        "embedding_dim": job.model_config.width,
+    }
+    return [(flag_name(name), "-" if value is None else str(value)) for name, value in in_force.items()]
 
 
 def _cut_rows(job: Job) -> list[tuple[str, ...]]:

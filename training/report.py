@@ -6,6 +6,7 @@ Biases."""
 
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -50,8 +51,15 @@ class Report:
         self._wandb: Any = None
         if self._speaks:
             self._file = _open_log(folder / "train_log.jsonl")
+            has_width = shutil.get_terminal_size(fallback=(0, 0)).columns > 0  # some terminals say 0, and tqdm would show nothing
             self._bar = tqdm(
-                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty(), file=sys.stderr
+                total=total_steps,
+                initial=first_step,
+                unit="step",
+                ncols=None if has_width else 100,
+                dynamic_ncols=has_width,
+                disable=not sys.stderr.isatty(),
+                file=sys.stderr,
             )
 
     def start_wandb(self, project: str, folder: Path, resolved: Mapping[str, Any]) -> None:

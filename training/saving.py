@@ -7,6 +7,7 @@ position) is what is saved, keyed by layer."""
 import json
 import logging
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -29,6 +30,7 @@ from user_error import UserError
 
 log = logging.getLogger("trainer")
 
+LOCK_VISIBLE_WITHIN_S = 5.0  # network filesystems show another host's file with a delay
 SAVE_TIMEOUT = timedelta(hours=6)  # a dead peer ends the wait at once (comms/hub.py); this is for one that hangs
 
 
@@ -82,7 +84,11 @@ def check_same_data(point: ResumePoint, identity: Mapping[str, Any]) -> None:
 
 def check_sees_lock(root: Path, token: str) -> None:
     """On every rank: --checkpoint-path must be the very folder that rank 0 has locked. Raises UserError."""
-    if read_lock_token(root) != token:
+    give_up = time.monotonic() + LOCK_VISIBLE_WITHIN_S
+    while read_lock_token(root) != token:
+        if time.monotonic() < give_up:
+            time.sleep(0.1)
+            continue
         raise UserError(
             f"--checkpoint-path must be one folder that all hosts share; {root} on this host is not the one that rank 0 has locked. "
             "Mount the same folder on all hosts"
