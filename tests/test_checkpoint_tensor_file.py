@@ -5,6 +5,7 @@ import json
 import os
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_helpers import as_bytes, same_bytes
@@ -75,10 +76,10 @@ def test_tensors_are_asked_for_one_after_the_other(dtype, tmp_path):
 
     def read(value):
         assert not alive, "the tensor before is still in memory"
-        tensor = torch.full((4,), value)
+        memory = np.full(4, value, dtype=np.float32)
         alive.append(value)
-        weakref.finalize(tensor, alive.clear)
-        return tensor
+        weakref.finalize(memory, alive.clear)
+        return torch.from_numpy(memory)
 
     sources = [TensorSource(name=f"t{i}", dtype=dtype, shape=torch.Size([4]), read=lambda i=i: read(i / 3)) for i in range(3)]
     write_tensor_file(tmp_path / "a.safetensors", sources, relative_to=tmp_path)

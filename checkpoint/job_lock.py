@@ -1,0 +1,106 @@
+"""One job per folder: an exclusive lock that names its owner and that the kernel takes back when the owner dies, however it dies.
+
+A file that merely exists would survive kill -9 and lock everybody out; flock(2) is bound to the open file and cannot. The file's content
+only says who holds it, and its random token lets the other ranks prove that they see this very folder and not a namesake on their own
+disk.
+"""
+
+import datetime
+import errno
+import fcntl
+import getpass
+import json
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+from checkpoint.tensor_file import explained_disk_errors
+from user_error import UserError
+
+LOCK_NAME = ".lock"
+
+
+class JobLock:
+    """``with JobLock(folder):`` or acquire() .. release(). The lock is this process's: forked children drop their copy of it at birth."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK_NAME
+        self.token = secrets.token_hex(16)
+        self._descriptor: int | None = None
+
+    def acquire(self) -> "JobLock":
+        """Make the folder if it is not there, and lock it. Raises UserError naming the owner if another job holds it."""
+        assert self._descriptor is None, "this lock is held already"
+        with explained_disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                seen = f"one job at a time may write into a folder, and {self.path.parent} is held by {_owner(self.path)}"
+                raise UserError(f"{seen}. Wait for it, stop it, or give another folder.") from error
+            seen = f"{self.path.parent} lies on a filesystem without locks ({error.strerror})"
+            raise UserError(f"{seen}. Mount it with flock, or give another folder.") from error
+        self._descriptor = descriptor
+        self._write_owner(descriptor)
+        os.register_at_fork(after_in_child=self._close)
+        return self
+
+    def release(self) -> None:
+        """Free the lock; the emptied file stays (removing it would let two newcomers lock two files of one name)."""
+        if self._descriptor is not None:
+            os.ftruncate(self._descriptor, 0)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._close()
+
+    def __enter__(self) -> "JobLock":
+        return self.acquire() if self._descriptor is None else self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+    def _write_owner(self, descriptor: int) -> None:
+        started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "started_at": started_at, "token": self.token}
+        with explained_disk_errors(self.path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+            os.fsync(descriptor)
+
+    def _close(self) -> None:
+        """Close without unlocking: a flock ends when the last copy of its descriptor is closed, or with LOCK_UN."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def read_lock_token(folder: Path) -> str | None:
+    """The token of the job that holds ``folder``'s lock; None if this host sees no such lock file, or one without an owner."""
+    token = _content(folder / LOCK_NAME).get("token")
+    return token if isinstance(token, str) else None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not there, or its owner is just writing it
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _owner(path: Path) -> str:
+    owner = _content(path)
+    if not owner:
+        return "a job that has not yet written its name"
+    return f"process {owner.get('pid')} of {owner.get('user')} on {owner.get('host')}, started at {owner.get('started_at')}"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number without a name
+        return str(os.getuid())

@@ -1,0 +1,188 @@
+"""A model on disk, read as a whole: a Hugging Face folder (one file or shards, safetensors or torch) or one of our own, which are the same.
+
+Promises: opening reads headers and never weights; names, shapes and files are proven before the first weight is copied; the legacy
+buffers of old GPT-J files do not exist for anyone who looks through a ModelFolder. Every defect of a folder is a UserError that names
+file and tensor.
+Left to others: fetching from the hub's servers (huggingface_hub), the bytes of one file (weight_file.py), writing (layer_store.py).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.tensor_file import TensorSource
+from checkpoint.weight_file import FETCH_AGAIN, WeightFile, open_weight_file
+from modules.gptj import GPTJConfig, is_legacy_buffer
+from modules.stage import Stage, meta_stage
+from user_error import UserError
+
+# In the order in which transformers looks for them.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_LISTED = 10
+HUB_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve_model_folder(name: str) -> Path:
+    """The folder that ``--model-name`` or ``--tokenizer-name`` means: a local one, else that name on the hub (or in its cache).
+
+    Raises UserError if it is neither. What cannot be a hub name (more than one '/', a leading '.', '/' or '~') is never looked up there.
+    """
+    if not name.strip():
+        raise UserError("the name of a model or tokenizer is empty. Give a folder or a name on the hub.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"a model is named by its folder, and {name} is a file. Give the folder that holds config.json.")
+    if name[0] in "./~" or name.count("/") > 1 or name.endswith("/"):
+        raise UserError(f"there is no model folder {name} (looked for {path.absolute()}). Check the path.")
+    return _hub_snapshot(name)
+
+
+class ModelFolder:
+    """An open model folder. Make it with ``ModelFolder.open``; ranks on different hosts compare ``digest()``."""
+
+    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, WeightFile]) -> None:
+        self.path, self.config = path, config
+        self._files = dict(files)
+
+    @classmethod
+    def open(cls, path: Path) -> "ModelFolder":
+        """Read config.json and every header. Raises UserError for whatever is missing, unreadable or at odds with the index."""
+        if not path.is_dir():
+            raise UserError(f"there is no model folder {path}. Check the path.")
+        config = read_json_object(path / "config.json")
+        present = [name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not present:
+            raise UserError(f"the model folder {path} holds no weights: none of {', '.join(WEIGHT_FILES)}. {FETCH_AGAIN}")
+        if present[0].endswith(".index.json"):
+            return cls(path, config, _open_shards(path / present[0]))
+        file = open_weight_file(path / present[0])
+        return cls(path, config, {name: file for name in file.specs if not is_legacy_buffer(name)})
+
+    def names(self) -> list[str]:
+        """Every weight, sorted."""
+        return sorted(self._files)
+
+    def shape(self, name: str) -> torch.Size:
+        return self._files[name].specs[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._files[name].specs[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        """The weight as it lies in the mapped file (any alignment): copy what you keep, do not write into it."""
+        return self._files[name].read(name)
+
+    def tensor_source(self, name: str) -> TensorSource:
+        """The weight as something to be written elsewhere, read when its turn comes."""
+        return TensorSource(name=name, dtype=self.dtype(name), shape=self.shape(name), read=lambda: self.read(name))
+
+    def num_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(file.specs[name].num_bytes for name, file in self._files.items())
+
+    def digest(self) -> str:
+        """sha256 over the configuration and every (name, shape, dtype): equal where hosts see the same model. Reads no weights."""
+        table = [(name, list(self.shape(name)), str(self.dtype(name))) for name in self.names()]
+        return hashlib.sha256(json.dumps([self.config, table], sort_keys=True).encode()).hexdigest()
+
+
+def check_model_folder(folder: ModelFolder, config: GPTJConfig) -> None:
+    """Prove from the headers that the folder holds exactly the weights of ``config``; else one UserError with all that is wrong."""
+    expected = {name: tensor.shape for name, tensor in meta_stage(config, 0, config.num_layers).state_dict().items()}
+    seen = set(folder.names())
+    common = sorted(seen & set(expected))
+    wrong_shapes = [f"{n} is {list(folder.shape(n))}, must be {list(expected[n])}" for n in common if folder.shape(n) != expected[n]]
+    wrong_dtypes = [f"{name} is {folder.dtype(name)}" for name in common if folder.dtype(name) not in WEIGHT_DTYPES]
+    problems = [
+        *listed("missing", sorted(set(expected) - seen)),
+        *listed("extra", sorted(seen - set(expected))),
+        *listed("wrong shape", wrong_shapes),
+        *listed("not a floating-point weight", wrong_dtypes),
+    ]
+    if problems:
+        rule = f"{folder.path} must hold exactly the weights of its config.json ({config.num_layers} layers of width {config.width})"
+        raise UserError(f"{rule}, but: " + "; ".join(problems) + f". {FETCH_AGAIN}")
+
+
+@torch.no_grad()
+def load_stage(stage: Stage, folder: ModelFolder) -> None:
+    """Copy the stage's own weights from ``folder`` into the stage's own storage, in the stage's dtype. Others are not read.
+
+    Copies, because a mapped weight lies at whatever address its file gives it, and kernels round differently at other alignments.
+    Raises UserError, before anything is copied, if one of the stage's weights is missing or has another shape.
+    """
+    parameters = dict(stage.named_parameters())
+    names = set(folder.names())
+    missing = [name for name in parameters if name not in names]
+    wrong = [name for name, parameter in parameters.items() if name in names and folder.shape(name) != parameter.shape]
+    if missing or wrong:
+        raise UserError(f"{folder.path} does not fit this model: " + "; ".join(listed("missing", missing) + listed("wrong shape", wrong)))
+    for name, parameter in parameters.items():
+        parameter.data.copy_(folder.read(name))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; UserError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"the folder {path.parent} has no {path.name}. {FETCH_AGAIN}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Check its permissions and its disk.") from error
+    except ValueError as error:  # not JSON, or not even UTF-8
+        raise UserError(f"{path} is not valid JSON: {error}. {FETCH_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, it holds a {type(content).__name__}. {FETCH_AGAIN}")
+    return content
+
+
+def listed(what: str, items: list[str]) -> list[str]:
+    """[] or one clause: what, how many, the first few."""
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return [f"{what} ({len(items)}): {', '.join(items[:MAX_LISTED])}{more}"] if items else []
+
+
+def _open_shards(index: Path) -> dict[str, WeightFile]:
+    """name -> its open shard, after the index and the shards have been compared both ways."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
+        raise UserError(f"{index} must hold a weight_map from tensor names to files beside it. {FETCH_AGAIN}")
+    weight_map = {name: file for name, file in weight_map.items() if not is_legacy_buffer(name)}
+    shards = {file: open_weight_file(index.parent / file) for file in sorted(set(weight_map.values()))}
+    lacking = [f"{name} in {file}" for name, file in sorted(weight_map.items()) if name not in shards[file].specs]
+    unlisted = [
+        f"{name} in {file}"
+        for file, shard in shards.items()
+        for name in sorted(shard.specs)
+        if weight_map.get(name) != file and not is_legacy_buffer(name)
+    ]
+    problems = listed("the index names what the file lacks", lacking) + listed("extra, not in the index", unlisted)
+    if problems:
+        raise UserError(f"{index} and its files disagree: " + "; ".join(problems) + f". {FETCH_AGAIN}")
+    return {name: shards[file] for name, file in weight_map.items()}
+
+
+def _hub_snapshot(name: str) -> Path:
+    """Download (or find in the cache) configuration, tokenizer and weights of a hub repository; ``.bin`` only without safetensors."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*HUB_TEXT_FILES, "*.safetensors"], ignore_patterns=["*/*"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_TEXT_FILES, "*.bin"], ignore_patterns=["*/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        tried = f"{Path(name).absolute()} is no folder, and the hub's {name!r} could be had neither from the network nor from the cache"
+        cure = "Check the name, the network and HF_HUB_OFFLINE, or give a local folder."
+        raise UserError(f"there is no model {name}: {tried} ({reason}). {cure}") from error
+    return folder

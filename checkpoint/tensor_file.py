@@ -1,0 +1,177 @@
+"""Writing files that can be trusted later: each is streamed, hashed on the way, flushed to the disk, and never overwritten.
+
+Why an own safetensors writer: the one of the safetensors package wants every tensor of a file in memory at once. This one asks for one
+tensor after the other, so writing a file costs the memory of its largest tensor, and the sha256 for the manifest costs no second read.
+
+Promises: a function that returns a FileRecord has put these bytes on the disk (fsync) under a name that did not exist before. A name
+becomes durable only with ``fsync_directory``; which folder is complete is for the manifest to say.
+Legend: data starts 64-byte aligned in the file; the layout is that of https://github.com/huggingface/safetensors (format section).
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from user_error import UserError
+
+# Safetensors' own names, both ways. What is not here (fp8, packed 4-bit) is no weight of a model that this trainer trains.
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+CHUNK_BYTES = 16 << 20
+ALIGNMENT_BYTES = 64
+# What a disk or its owner can do to a write, and the person at the keyboard can cure.
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV, errno.ENAMETOOLONG),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file as the manifest knows it. ``name`` is relative to the folder that the manifest describes, with forward slashes."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSource:
+    """A tensor to be written: its place in the header, and how to get its values when their turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> "TensorSource":
+        """A tensor that is in memory already, to be written as ``dtype`` (default: its own)."""
+        return cls(name=name, dtype=dtype or tensor.dtype, shape=tensor.shape, read=lambda: tensor)
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensor_file(
+    path: Path, sources: Sequence[TensorSource], *, relative_to: Path, progress: Callable[[int], object] = lambda num_bytes: None
+) -> FileRecord:
+    """Stream ``sources`` into the new safetensors file ``path``; at most one of them is in memory at a time.
+
+    Wider dtypes come first, so that every tensor is aligned to its own dtype. ``progress`` hears of every chunk's bytes.
+    Raises FileExistsError if ``path`` exists: a model that is loaded somewhere may map it.
+    """
+    assert sys.byteorder == "little", "safetensors files are little-endian and tensors are written as they lie in memory"
+    ordered = sorted(sources, key=lambda source: -source.dtype.itemsize)
+    assert len({source.name for source in ordered}) == len(ordered), f"a name comes twice in {path.name}"
+    with _HashingWriter(path) as writer:
+        writer.write(_header(ordered))
+        for source in ordered:
+            _write_tensor(writer, source, progress)
+        return writer.finish(relative_to)
+
+
+def write_json_file(path: Path, content: Any, *, relative_to: Path) -> FileRecord:
+    """Write the new file ``path`` as JSON. Floats keep all their digits; NaN and infinity are refused, as JSON has none."""
+    with _HashingWriter(path) as writer:
+        writer.write((json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        return writer.finish(relative_to)
+
+
+def copy_file(source: Path, path: Path, *, relative_to: Path) -> FileRecord:
+    """Copy the bytes of ``source`` into the new file ``path``."""
+    with open(source, "rb") as reader, _HashingWriter(path) as writer:
+        while chunk := reader.read(CHUNK_BYTES):
+            writer.write(chunk)
+        return writer.finish(relative_to)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in the folder ``path`` (new files, renames) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained_disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses while ``path`` is written (full, read-only, not ours) into a UserError; leave every other error alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" (at {error.filename})" if error.filename else ""
+        raise UserError(f"cannot write {path}: {error.strerror}{where}. Free some space or give a folder that you may write to.") from error
+
+
+def _header(sources: Sequence[TensorSource]) -> bytes:
+    """Eight bytes of length, then JSON, padded with spaces such that the data after it starts aligned."""
+    entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for source in sources:
+        begin, end = end, end + source.num_bytes
+        entries[source.name] = {"dtype": DTYPE_NAMES[source.dtype], "shape": list(source.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(writer: "_HashingWriter", source: TensorSource, progress: Callable[[int], object]) -> None:
+    """A function of its own, so that no local name keeps this tensor in memory while the next one is read."""
+    tensor = source.read().detach().to(device="cpu", dtype=source.dtype).contiguous()
+    assert tensor.shape == source.shape, f"{source.name} was announced as {tuple(source.shape)} and is {tuple(tensor.shape)}"
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    for start in range(0, len(data), CHUNK_BYTES):
+        chunk = data[start : start + CHUNK_BYTES]
+        writer.write(chunk)
+        progress(len(chunk))
+
+
+class _HashingWriter:
+    """A new file that knows its size and sha256 when it is finished."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._sha256, self._size = path, hashlib.sha256(), 0
+
+    def __enter__(self) -> "_HashingWriter":
+        self._file: IO[bytes] = open(self._path, "xb")  # "x": a mapped file is never changed under its readers
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._sha256.update(data)
+        self._file.write(data)
+        self._size += len(data)
+
+    def finish(self, relative_to: Path) -> FileRecord:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return FileRecord(name=self._path.relative_to(relative_to).as_posix(), size=self._size, sha256=self._sha256.hexdigest())

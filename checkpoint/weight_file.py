@@ -1,0 +1,167 @@
+"""Reading one file of weights, safetensors or torch's zip, without loading it: names, shapes and dtypes from its header, values by mmap.
+
+Promises: opening reads headers only, and proves that a safetensors file is as long as its header says. ``read`` returns a tensor that
+lies in the mapped file: the caller copies what it keeps, and no more than the tensors in use count as memory. No code from a file is ever
+run (torch files go through torch's restricted unpickler). A file that cannot be read is a UserError that names it. Which files make a
+model is left to model_folder.py.
+"""
+
+import ctypes
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from checkpoint.tensor_file import DTYPE_NAMES
+from user_error import UserError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+FETCH_AGAIN = "Fetch or write it again."
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What a header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class WeightFile(Protocol):
+    """An open file of named tensors."""
+
+    path: Path
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped: copy what you keep, do not write into it."""
+
+
+def open_weight_file(path: Path) -> WeightFile:
+    """Open a ``.safetensors`` file, or else a torch file. Raises UserError if it is missing, truncated or unreadable."""
+    if not path.is_file():
+        raise UserError(f"a file of weights is missing: {path}. {FETCH_AGAIN}")
+    try:
+        with open(path, "rb") as file:
+            if file.read(24).startswith(b"version https://git-lfs"):
+                raise UserError(f"{path} is a git-lfs pointer and not the weights themselves. Run `git lfs pull` in its folder.")
+        return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Check its permissions and its disk.") from error
+
+
+class SafetensorsFile:
+    """A safetensors file; every read maps one tensor alone, so its memory is free again when the tensor is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data_start, header = _read_header(path)
+        self._begin: dict[str, int] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        end_of_data = 0
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end, spec = _parse_entry(path, name, entry)
+            self._begin[name], self.specs[name], end_of_data = begin, spec, max(end_of_data, end)
+        expected, seen = self._data_start + end_of_data, path.stat().st_size
+        if seen != expected:
+            state = "truncated" if seen < expected else "damaged"
+            raise UserError(f"{path} is {state}: expected {expected} bytes, seen {seen}. {FETCH_AGAIN}")
+
+    def read(self, name: str) -> Tensor:
+        spec = self.specs[name]
+        count = math.prod(spec.shape)
+        if count == 0:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        start = self._data_start + self._begin[name]
+        page = start - start % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            length = start - page + count * spec.dtype.itemsize
+            view = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)  # COPY: torch warns of read-only memory
+        return torch.frombuffer(view, dtype=spec.dtype, count=count, offset=start - page).reshape(spec.shape)
+
+
+class TorchFile:
+    """A ``.bin`` that torch.save wrote: a dict of tensors, mapped where the file is a zip (torch >= 1.6), else held in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            self._mapped = file.read(4) == b"PK\x03\x04"
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=self._mapped)
+        except Exception as error:  # the bytes of a foreign file decide what is raised: zip, pickle, key, attribute, end of file ...
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            what = f"{path} ({path.stat().st_size} bytes) cannot be read as a file of tensors"
+            raise UserError(f"{what}, it is truncated or holds something else: {reason}. {FETCH_AGAIN}") from error
+        if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+            raise UserError(f"{path} must hold a dict of named tensors, as save_pretrained writes; it holds something else. {FETCH_AGAIN}")
+        self._tensors = {name: tensor.detach() for name, tensor in content.items()}
+        self.specs = {name: TensorSpec(dtype=tensor.dtype, shape=tensor.shape) for name, tensor in self._tensors.items()}
+        self._last: Tensor | None = None
+
+    def read(self, name: str) -> Tensor:
+        """As WeightFile.read; the memory of the tensor read before goes back to the system (it would be read from the file again)."""
+        if self._mapped and self._last is not None:
+            _drop_pages(self._last)
+        self._last = self._tensors[name]
+        return self._last
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file starts, and its header."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or (length <= MAX_HEADER_BYTES and 8 + length > size):
+            raise UserError(f"{path} is truncated: expected at least {8 + length} bytes, seen {size}. {FETCH_AGAIN}")
+        text = file.read(length) if length <= MAX_HEADER_BYTES else b""
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} ({size} bytes) is not a safetensors file: its header cannot be read. {FETCH_AGAIN}") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is not a safetensors file: its header is no table of tensors. {FETCH_AGAIN}")
+    return 8 + length, header
+
+
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
+    """(begin, end, spec) of one tensor in a header that a stranger may have written."""
+    damaged = f"{path} is damaged: its header does not describe the tensor {name} as dtype, shape and bytes that fit. {FETCH_AGAIN}"
+    try:
+        dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise UserError(damaged)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(damaged) from error
+    if dtype_name not in DTYPES:
+        raise UserError(f"{path}: the tensor {name} has the dtype {dtype_name}; weights must be one of {', '.join(DTYPES)}")
+    spec = TensorSpec(dtype=DTYPES[dtype_name], shape=torch.Size(shape))
+    if end - begin != spec.num_bytes:
+        raise UserError(damaged)
+    return begin, end, spec
+
+
+def _drop_pages(tensor: Tensor) -> None:
+    """Give the whole pages under a mapped, unmodified tensor back: the mapping of a torch file lives as long as any of its tensors."""
+    advice = getattr(mmap, "MADV_DONTNEED", None)
+    if advice is None:
+        return  # not on this system: costs memory, nothing else
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
