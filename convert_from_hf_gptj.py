@@ -56,8 +56,8 @@ def convert(model_name: str, save_dir: Path) -> None:
     print(f"wrote {target}: {config.num_layers} layers, embeddings and head, {size}")
     print("next, once per device, with that device's rank R of N:")
     print(
-        f"  python dist_clm_train.py --model-name {target} --task-name DATA.jsonl --checkpoint-path checkpoints/{target.name} "
-        "--dist-url tcp://HOST:PORT --world-size N --rank R --pipeline-group-size STAGES --data-group-size REPLICAS"
+        f"  python dist_clm_train.py --model-name {target} --task-name DATA.jsonl --checkpoint-path model_checkpoints/{target.name} "
+        "--total-steps STEPS --dist-url tcp://HOST:PORT --world-size N --rank R --pipeline-group-size STAGES --data-group-size REPLICAS"
     )
 
 

@@ -9,6 +9,7 @@ Left to others: fetching from the hub's servers (huggingface_hub), the bytes of 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.tensor_file import TensorSource
-from checkpoint.weight_file import FETCH_AGAIN, WeightFile, open_weight_file
+from checkpoint.weight_file import FETCH_AGAIN, TensorSpec, WeightFile, open_weight_file
 from modules.gptj import GPTJConfig, is_legacy_buffer
 from modules.stage import Stage, meta_stage
 from user_error import UserError
@@ -66,6 +67,19 @@ class ModelFolder:
         file = open_weight_file(path / present[0])
         return cls(path, config, {name: file for name in file.specs if not is_legacy_buffer(name)})
 
+    @classmethod
+    def open_config(cls, path: Path) -> "ModelFolder":
+        """A model whose weights are yet to be drawn: names and shapes follow from config.json alone, the dtype is what it says, else fp32.
+
+        Weights that lie in the folder are not looked at; read() must not be called. Raises UserError.
+        """
+        config = read_json_object(path / "config.json")
+        stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        dtype = getattr(torch, stated, None)
+        if dtype not in WEIGHT_DTYPES:
+            raise UserError(f"the dtype in {path / 'config.json'} must be that of weights, such as float16 or float32; it is {stated!r}")
+        return cls(path, config, _undrawn(GPTJConfig.from_hf(config), path, dtype))
+
     def names(self) -> list[str]:
         """Every weight, sorted."""
         return sorted(self._files)
@@ -92,6 +106,23 @@ class ModelFolder:
         """sha256 over the configuration and every (name, shape, dtype): equal where hosts see the same model. Reads no weights."""
         table = [(name, list(self.shape(name)), str(self.dtype(name))) for name in self.names()]
         return hashlib.sha256(json.dumps([self.config, table], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NoFile:
+    """Stands where a file of weights would: specs only."""
+
+    path: Path
+    specs: Mapping[str, TensorSpec]
+
+    def read(self, name: str) -> Tensor:
+        raise AssertionError(f"{name} is drawn and not read")
+
+
+def _undrawn(config: GPTJConfig, path: Path, dtype: torch.dtype) -> dict[str, WeightFile]:
+    shapes = {name: tensor.shape for name, tensor in meta_stage(config, 0, config.num_layers).state_dict().items()}
+    file = _NoFile(path=path, specs={name: TensorSpec(dtype=dtype, shape=shape) for name, shape in shapes.items()})
+    return dict.fromkeys(shapes, file)
 
 
 def check_model_folder(folder: ModelFolder, config: GPTJConfig) -> None:

@@ -41,7 +41,8 @@ class TensorSpec:
 class WeightFile(Protocol):
     """An open file of named tensors."""
 
-    path: Path
+    @property
+    def path(self) -> Path: ...
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...

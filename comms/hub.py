@@ -140,12 +140,13 @@ class Hub:
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         member = None
         try:
+            keep_alive(writer.get_extra_info("socket"))
             _send(writer, {"hub": PROTOCOL})
             hello = Hello.from_json(await asyncio.wait_for(reader.readline(), HELLO_TIMEOUT_S))
             member = self._admit(hello, writer)
             if member is not None:
                 await self._listen(member, reader)
-        except (ValueError, KeyError, TypeError, OSError, asyncio.TimeoutError):
+        except (ValueError, KeyError, TypeError, RecursionError, OSError, asyncio.TimeoutError):
             pass  # a stranger, or one of ours that died: _gone tells them apart
         finally:
             if member is not None:
@@ -245,6 +246,13 @@ class Hub:
             if member is not source and rank != source.hello.rank:
                 _send(member.writer, {"lost": source.hello.rank, "text": text})
         self._loss_told.set()
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Let the kernel probe a silent connection: routers then do not forget it, and a peer that is cut off shows after about a minute."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 5)):  # seconds, seconds, probes
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from comms.hub import MAX_LINE_BYTES, PROTOCOL, Hello
+from comms.hub import MAX_LINE_BYTES, PROTOCOL, Hello, keep_alive
 from user_error import UserError
 
 GREETING_TIMEOUT_S = 10.0
@@ -39,6 +39,7 @@ class Lifeline:
         Raises UserError: nobody answers, a foreign program answers, the job was refused, or rank 0 went away.
         """
         self._connection = self._connect()
+        keep_alive(self._connection)
         self._reader = self._connection.makefile("rb")
         self._connection.settimeout(GREETING_TIMEOUT_S)
         try:

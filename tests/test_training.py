@@ -244,6 +244,10 @@ def test_fresh_weights_depend_on_seed_and_name_alone(flags: dict[str, Any], tmp_
     assert len(equal_files(tmp_path / "other" / "1", tmp_path / "s1" / "1")) == 12
     drawn = load_file(tmp_path / "s1" / "1" / "layer_00.safetensors")["transformer.h.0.mlp.fc_in.weight"]
     assert 0.015 < drawn.std() < 0.025
+    bare = tmp_path / "bare"
+    shutil.copytree(fresh["model_name"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    train(tmp_path, stages=2, checkpoint_path=tmp_path / "from_bare", **{**fresh, "model_name": bare})
+    assert equal_files(tmp_path / "from_bare" / "1", tmp_path / "s1" / "1") == [], "configuration and tokenizer are enough"
 
 
 def test_the_log_has_one_row_per_optimizer_step_with_all_digits(reference: Path) -> None:

@@ -110,7 +110,7 @@ class _Host:
 def _open_door(config: Config, facts: LocalFacts, timeout: timedelta) -> _Host:
     """On rank 0: hub and store, listening on the chosen interface's address and nowhere else. Raises UserError."""
     door = config.door
-    address = check_door_is_here(door, facts.interface)
+    address = facts.interface.address if door.agent_prefix else check_door_is_here(door, facts.interface)
     listener = listen(address, 0 if door.agent_prefix else door.port)
     store, store_port = serve_store(address, timeout)
     hub_port = listener.getsockname()[1]

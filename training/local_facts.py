@@ -36,7 +36,8 @@ def look_around(config: Config) -> LocalFacts:
     interface = choose_interface(config.net_interface, config.door.host)
     select_for_transport(interface)
     device, backend = _device_and_backend(config)
-    model = ModelFolder.open(resolve_model_folder(config.model_name))
+    open_folder = ModelFolder.open if config.load_pretrained_model else ModelFolder.open_config
+    model = open_folder(resolve_model_folder(config.model_name))
     if model.config.get("model_type") != config.model_type:
         raise UserError(
             f"--model-type must be that of the model; it is {config.model_type}, {model.path / 'config.json'} says "

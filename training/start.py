@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.job_lock import JobLock
+from checkpoint.layer_store import remove_partials
 from tasks.mixture import Mixture
 from training.config import Config
 from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture
@@ -56,11 +57,14 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
         job.store.wait(["start"], SAVE_TIMEOUT)
         start = Start(**json.loads(job.store.get("start")))
     check_sees_lock(root, start.lock_token)
+    job.wait_for_all()  # rank 0 of a finished run would otherwise give the lock back before the others have looked
     return start, desk
 
 
 def _settle(job: Job, config: Config, root: Path, cleanup: ExitStack) -> tuple[Start, ReadingDesk | None]:
     lock = cleanup.enter_context(JobLock(root))
+    for name in remove_partials(root):
+        log.info("removed %s, the rest of a save that was cut off", root / name)
     point = find_resume_point(root, job.model_config)
     assert config.total_steps is not None, "parse_config requires it"
     is_finished = point is not None and point.step >= config.total_steps
