@@ -1,6 +1,7 @@
 """The model and its gradient are what Hugging Face computes."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from comms.spans import Spans
 from modules.gptj import GPTJConfig
 from modules.lm_ops import IGNORED_TARGET, Segments, chunked_cross_entropy, next_token_targets
 from modules.stage import Stage, empty_stage
+from optim.build import AdamSettings, AdamW
 from pipeline_parallel.partition import even_cut
 from training.gradient import GlobalGradient
 from training.job import COLLECTIVE_TIMEOUT
@@ -61,6 +63,34 @@ def test_own_gptj_equals_hf_in_logits_and_every_gradient(model_folder: Path) -> 
     for name, parameter in ours.named_parameters():
         difference = (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm()
         assert difference <= 1e-5, f"{name}: {difference}"
+
+
+def test_loaded_weights_lie_in_their_own_aligned_storage(model_folder: Path, tmp_path: Path) -> None:
+    """A mapped file gives its tensors whatever address; kernels then take other vector paths and round differently."""
+    stage = load(model_folder)
+    before = {name: parameter.detach().clone() for name, parameter in stage.named_parameters()}
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in stage.parameters())
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    stage = load(copy)
+    (copy / "model.safetensors").write_bytes(b"\0" * (copy / "model.safetensors").stat().st_size)
+    assert all(torch.equal(before[name], parameter) for name, parameter in stage.named_parameters())
+
+
+def test_weight_decay_spares_layer_norms_and_biases(model_folder: Path) -> None:
+    stage = load(model_folder)
+    before = {name: parameter.detach().clone() for name, parameter in stage.named_parameters()}
+    optimizer = AdamW(dict(stage.named_parameters()), AdamSettings(beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.5))
+    for parameter in stage.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1)
+    for name, parameter in stage.named_parameters():
+        decayed = (
+            name.endswith("_proj.weight")
+            or name in ("transformer.wte.weight", "lm_head.weight")
+            or (".mlp.fc_" in name and name.endswith("weight"))
+        )
+        torch.testing.assert_close(parameter, before[name] * (0.95 if decayed else 1.0), rtol=1e-6, atol=0)
 
 
 def test_a_document_of_a_packed_sequence_never_sees_another(model_folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from harness import equal_files, log_rows, losses, train
+from harness import equal_files, free_port, launch, log_rows, losses, train, train_argv
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -303,6 +303,38 @@ def test_a_bad_record_in_the_middle_of_training_saves_what_was_learnt_and_names_
     (saved,) = [p for p in run.iterdir() if p.name.isdigit()]
     assert int(saved.name) == log_rows(run)[-1]["step"] > 0
     train(tmp_path, stages=2, replicas=2, checkpoint_path=tmp_path / "skip", **{**bad, "total_steps": 30, "on_bad_record": "skip"})
+
+
+def test_a_resume_with_another_number_of_threads_warns_that_bits_may_change(flags: dict[str, Any], tmp_path: Path) -> None:
+    few = {**flags, "checkpoint_path": tmp_path / "run", "warmup_steps": 0}
+    train(tmp_path, **{**few, "total_steps": 1})
+    (process,) = train(tmp_path, **{**few, "total_steps": 1, "num_threads": 2})
+    assert "nothing to do" in process.text
+    (process,) = train(tmp_path, **{**few, "total_steps": 2, "num_threads": 2})
+    assert "was computed with 1 threads per rank, this run has 2: the last bits of the losses may change" in process.text
+
+
+def test_data_and_tokenizer_are_read_by_rank_0_alone(
+    flags: dict[str, Any], reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank is given no task and a model folder without a tokenizer."""
+    bare = tmp_path / "bare"
+    shutil.copytree(flags["model_name"], bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    common = {
+        **flags,
+        "pipeline_group_size": 2,
+        "world_size": 2,
+        "dist_url": f"tcp://127.0.0.1:{free_port()}",
+        "num_threads": 1,
+        "device": "cpu",
+    }
+    common |= {"checkpoint_path": tmp_path / "run"}
+    processes = launch(
+        lambda rank: train_argv(**{**common, "rank": rank, **({} if rank == 0 else {"task_name": None, "model_name": bare})}), 2, tmp_path
+    )
+    for process in processes:
+        assert process.wait(60) == 0, process.text
+    assert losses(tmp_path / "run") == losses(reference)
 
 
 def test_wandb_logs_from_rank_0_alone_in_offline_mode(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
