@@ -12,14 +12,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
 
-from checkpoint.atomic_folder import check_target
-from checkpoint.companions import tokenizer_files
-from checkpoint.layer_store import write_model_folder
-from checkpoint.model_folder import ModelFolder, check_model_folder, resolve_model_folder
-from modules.gptj import GPTJConfig
-from user_error import UserError
+    from checkpoint.atomic_folder import check_target
+    from checkpoint.companions import tokenizer_files
+    from checkpoint.layer_store import write_model_folder
+    from checkpoint.model_folder import ModelFolder, check_model_folder, resolve_model_folder
+    from modules.gptj import GPTJConfig
+    from user_error import UserError
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"error: {sys.executable} lacks the package {missing.name}. Run `make setup`, then `source .venv/bin/activate`, and try again"
+    ) from None
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,15 +11,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
 
-from checkpoint.atomic_folder import PARTIAL_SUFFIX, check_target
-from checkpoint.companions import CONFIG, tokenizer_files
-from checkpoint.hf_folder import write_hf_folder
-from checkpoint.manifest import MANIFEST, TRAIN_STATE, find_newest_step, step_folders, verify_step
-from checkpoint.model_folder import ModelFolder, check_model_folder
-from modules.gptj import GPTJConfig
-from user_error import UserError
+    from checkpoint.atomic_folder import PARTIAL_SUFFIX, check_target
+    from checkpoint.companions import CONFIG, tokenizer_files
+    from checkpoint.hf_folder import write_hf_folder
+    from checkpoint.manifest import MANIFEST, TRAIN_STATE, find_newest_step, step_folders, verify_step
+    from checkpoint.model_folder import ModelFolder, check_model_folder
+    from modules.gptj import GPTJConfig
+    from user_error import UserError
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"error: {sys.executable} lacks the package {missing.name}. Run `make setup`, then `source .venv/bin/activate`, and try again"
+    ) from None
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -13,23 +13,34 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from comms.links import PeerLost
-from comms.place import place_of
-from training.config import parse_config
-from training.job import EXIT_FAILED, meet
-from training.loop import train
-from training.report import set_up_logging
-from user_error import UserError
+try:
+    from comms.links import PeerLost
+    from comms.place import place_of
+    from training.config import parse_config, parse_meeting_point
+    from training.job import EXIT_FAILED, TELL_FLAGS_S, meet, tell_others
+    from training.loop import train
+    from training.report import set_up_logging
+    from user_error import UserError
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"error: {sys.executable} lacks the package {missing.name}. Run `make setup`, then `source .venv/bin/activate`, and try again"
+    ) from None
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank. Returns the exit status; says on stderr, in one message, what went wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    set_up_logging("trainer")
     try:
-        config = parse_config(sys.argv[1:] if argv is None else argv)
+        config = parse_config(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        meeting_point = parse_meeting_point(argv)
+        if meeting_point is not None:
+            tell_others(meeting_point, error, TELL_FLAGS_S)
+        if not error.was_shown:
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     try:
         assert config.rank is not None and config.data_group_size is not None, "parse_config filled these in"
@@ -47,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the newest checkpoint is what a restart resumes from", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Exception:  # a defect of ours or of a library: shown whole, and the process still ends at once
+    except BaseException:  # a defect of ours or of a library: shown whole, and the process still ends at once
         traceback.print_exc()
         return EXIT_FAILED
     return 0

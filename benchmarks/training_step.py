@@ -5,7 +5,7 @@
 Each round runs every variant once, in an order that turns, so that a noisy machine hits all of them; what is reported are ratios
 within a round (median, minimum, maximum over the rounds). Variants: the HF class with plain autograd, clip_grad_norm_ and torch's
 fused AdamW, with 1 and with 2 threads; ours as one stage with 1 and 2 threads; ours as two stages of 1 thread each on loopback.
-Forward, backward, norm, clipping and update are timed, data and loading are not. """
+Forward, backward, norm, clipping and update are timed, data and loading are not."""
 
 import argparse
 import json

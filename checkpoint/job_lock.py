@@ -51,9 +51,9 @@ class JobLock:
         return self
 
     def release(self) -> None:
-        """Free the lock; the emptied file stays (removing it would let two newcomers lock two files of one name)."""
+        """Free the lock; the file stays (removing it would let two newcomers lock two files of one name), with the last owner's
+        name in it: its room on a disk that has filled up meanwhile is what lets the next owner write his."""
         if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             self._close()
 
@@ -67,8 +67,9 @@ class JobLock:
         started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "started_at": started_at, "token": self.token}
         with explained_disk_errors(self.path):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+            content = json.dumps(owner).encode()
+            os.pwrite(descriptor, content, 0)
+            os.ftruncate(descriptor, len(content))
             os.fsync(descriptor)
 
     def _close(self) -> None:

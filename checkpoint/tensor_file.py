@@ -44,7 +44,7 @@ ALIGNMENT_BYTES = 64
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.ENOTEMPTY, errno.EBUSY, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.EXDEV, errno.ENAMETOOLONG),
 }
 
 

@@ -55,7 +55,7 @@ def make_groups(place: Place, backend: str, timeout: timedelta) -> Groups:
     replicas: tuple[dist.ProcessGroup, ...] = ()
     if place.dp_size > 1:
         for pp in range(place.pp_size):
-            ranks = place.at(pp).replica_ranks
+            ranks = place.replica_ranks_of(pp)
             made = tuple(new_group(ranks) for _ in range(NUM_REPLICA_GROUPS[backend]))
             if place.pp == pp:
                 replicas = made

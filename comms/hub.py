@@ -10,8 +10,8 @@ Wire format: one JSON object per line, both ways; nothing else is ever parsed.
     hub     -> rank   {"hub": PROTOCOL}                                  greeting
     rank    -> hub    Hello                                              who I am
     hub     -> rank   {"formed": {...}} | {"refused": text}              verdict, once all are there or something is wrong
-    rank    -> hub    {"failed": text} | {"done": true}                  at the end
-    hub     -> rank   {"lost": rank, "text": text}                       somebody is gone
+    rank    -> hub    {"failed": text, "restart_helps": bool} | {"done": true}            at the end
+    hub     -> rank   {"lost": rank, "text": text, "restart_helps": bool}                 somebody is gone
 
 Left to others: the client side (lifeline.py), process groups (groups.py), frozen peers.
 """
@@ -53,8 +53,10 @@ class Hello:
         """Raises ValueError, KeyError or TypeError for anything that is not a Hello."""
         fields = json.loads(line)
         hello = cls(**{name: fields[name] for name in cls.__dataclass_fields__})
-        if not (isinstance(hello.rank, int) and isinstance(hello.world_size, int) and isinstance(hello.plan, dict)):
-            raise TypeError("rank and world_size are numbers, plan an object")
+        kinds = {"rank": int, "world_size": int, "pid": int, "host": str, "host_id": str, "address": str, "is_loopback": bool, "plan": dict}
+        wrong = [name for name, kind in kinds.items() if type(getattr(hello, name)) is not kind]
+        if wrong or not isinstance(hello.problem, (str, type(None))):
+            raise TypeError(f"not what a rank says of itself: {wrong or 'problem'}")
         return hello
 
 
@@ -108,7 +110,7 @@ class Hub:
         """Block until the members have heard that one of them is lost, at most ``timeout_s``: what rank 0 does before it ends itself."""
         self._loss_told.wait(timeout_s)
 
-    def close(self, timeout_s: float = 5.0) -> None:
+    def close(self, timeout_s: float = 60.0) -> None:
         """End the server once all members have said they are done, at most ``timeout_s`` later: they would take its end for a death."""
         if self._verdict.formed is not None:
             self._all_done.wait(timeout_s)
@@ -157,7 +159,7 @@ class Hub:
         verdict = self._verdict
         if verdict.formed is not None:
             text = f"this --dist-url belongs to a job that is already running with all its ranks; {hello.in_words} is one too many"
-            _send(writer, {"refused": f"{text}. Choose another port for another job"})
+            _send(writer, {"refused": f"{text}. Give every process of a job its own --rank, and another job another port"})
             return None
         if verdict.refused is None:
             problem = self._problem_with(hello)
@@ -190,7 +192,10 @@ class Hub:
             differing = sorted(k for k in {*hello.plan, *other.hello.plan} if hello.plan.get(k) != other.hello.plan.get(k))
             if differing:
                 seen = "; ".join(f"{k}: {other.hello.plan.get(k)!r} and {hello.plan.get(k)!r}" for k in differing)
-                return f"all ranks must be started alike; {other.hello.in_words} and {hello.in_words} differ in {seen}"
+                return (
+                    f"all ranks must be started alike; {other.hello.in_words} and {hello.in_words} differ in {seen}. Start all ranks "
+                    "with the same flags, model and versions"
+                )
             if (hello.is_loopback or other.hello.is_loopback) and hello.host_id != other.hello.host_id:
                 return (
                     f"ranks on several hosts cannot meet over a loopback interface; {other.hello.in_words} uses {other.hello.address}, "
@@ -223,13 +228,16 @@ class Hub:
     async def _listen(self, member: _Member, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
             message = json.loads(line)
+            if not isinstance(message, dict):
+                raise TypeError("a member sends objects")
             if message.get("done"):
                 member.is_done = True
                 if all(m.is_done for m in self._verdict.members.values()):
                     self._all_done.set()
             elif "failed" in message:
                 member.is_done = True
-                self._tell_others(member, f"{self._describe(member.hello.rank)} on host {member.hello.host} stopped: {message['failed']}")
+                text = f"{self._describe(member.hello.rank)} on host {member.hello.host} stopped: {message['failed']}"
+                self._tell_others(member, text, restart_helps=bool(message.get("restart_helps")))
 
     def _gone(self, member: _Member) -> None:
         if member.is_done or self._verdict.refused is not None:
@@ -239,12 +247,13 @@ class Hub:
             self._refuse(f"{hello.in_words} went away while the ranks were meeting")
             return
         member.is_done = True
-        self._tell_others(member, f"{self._describe(rank)} is gone: process {hello.pid} on host {hello.host} ended without a word")
+        text = f"{self._describe(rank)} is gone: process {hello.pid} on host {hello.host} ended without a word"
+        self._tell_others(member, text, restart_helps=True)
 
-    def _tell_others(self, source: _Member, text: str) -> None:
+    def _tell_others(self, source: _Member, text: str, *, restart_helps: bool) -> None:
         for rank, member in sorted(self._verdict.members.items(), reverse=True):  # rank 0, whose process holds this thread, last
             if member is not source and rank != source.hello.rank:
-                _send(member.writer, {"lost": source.hello.rank, "text": text})
+                _send(member.writer, {"lost": source.hello.rank, "text": text, "restart_helps": restart_helps})
         self._loss_told.set()
 
 

@@ -61,13 +61,13 @@ class Lifeline:
         self._connection.settimeout(None)
         return dict(verdict["formed"])
 
-    def watch(self, on_loss: Callable[[str], None]) -> None:
+    def watch(self, on_loss: Callable[[str, bool], None]) -> None:
         """Listen from now on; ``on_loss`` is called, on the listening thread and at most once, with a sentence naming the rank that
-        is gone.
+        is gone, and whether starting again with the same command can help.
         """
         threading.Thread(target=self._watch, args=(on_loss,), name="lifeline", daemon=True).start()
 
-    def _watch(self, on_loss: Callable[[str], None]) -> None:
+    def _watch(self, on_loss: Callable[[str, bool], None]) -> None:
         try:
             message = self._read()
         except (OSError, ValueError):
@@ -75,7 +75,7 @@ class Lifeline:
         if self._ended:
             return
         self._lost_text = str(message["text"]) if message and "text" in message else f"rank 0 at {self._place} is gone"
-        on_loss(self._lost_text)
+        on_loss(self._lost_text, bool(message.get("restart_helps", True)) if message else True)
         self._lost.set()  # after it: where on_loss ends the process, no other thread speaks in between
 
     def cause_of_loss(self, timeout_s: float) -> str | None:
@@ -84,12 +84,12 @@ class Lifeline:
         """
         return self._lost_text if self._lost.wait(timeout_s) else None
 
-    def report_failure(self, text: str) -> None:
-        """Tell the others, through the hub, that this rank stops and why."""
+    def report_failure(self, text: str, *, restart_helps: bool) -> None:
+        """Tell the others, through the hub, that this rank stops and why; and whether starting again with the same command can help."""
         self._ended = True
         if self._connection is not None:
             with contextlib.suppress(OSError):
-                self._write({"failed": text})
+                self._write({"failed": text, "restart_helps": restart_helps})
 
     def done(self) -> None:
         """This rank ends well: its connection may close."""

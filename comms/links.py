@@ -10,6 +10,7 @@ neighbour raises PeerLost that names it. Left to others: what is sent, and when 
 ``Link`` is the interface; process groups are its first implementation and stay inside it.
 """
 
+import re
 from collections import deque
 from typing import Protocol
 
@@ -129,4 +130,5 @@ class naming_the_peer:  # noqa: N801 - used as a context manager function, a cla
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError):
-            raise PeerLost(f"lost the connection while {self._doing}: {str(error).splitlines()[0]}") from error
+            cause = re.sub(r"^\[[^\]]*\] ?", "", str(error).splitlines()[0])  # less the path of the source file it was compiled from
+            raise PeerLost(f"the exchange failed while {self._doing}: {cause}") from error

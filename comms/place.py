@@ -36,10 +36,9 @@ class Place:
     def is_last_stage(self) -> bool:
         return self.pp == self.pp_size - 1
 
-    @property
-    def replica_ranks(self) -> list[int]:
-        """The ranks that hold the same layers as this one, by replica: the members of its gradient sum."""
-        return [dp * self.pp_size + self.pp for dp in range(self.dp_size)]
+    def replica_ranks_of(self, stage: int) -> list[int]:
+        """The ranks that hold the layers of ``stage``, by replica: the members of its gradient sum."""
+        return [dp * self.pp_size + stage for dp in range(self.dp_size)]
 
     def at(self, rank: int) -> "Place":
         """The place of another rank of the same grid."""

@@ -48,6 +48,10 @@ def door_of_torchrun(environment: Mapping[str, str] = os.environ) -> Door | None
     prefix = None
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         prefix = f"trainer/{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if not environment["MASTER_PORT"].isdigit():
+        raise UserError(
+            f"MASTER_PORT of the environment must be a port number; it is {environment['MASTER_PORT']!r}. Set it right or pass --dist-url"
+        )
     return Door(host=environment["MASTER_ADDR"], port=int(environment["MASTER_PORT"]), agent_prefix=prefix)
 
 

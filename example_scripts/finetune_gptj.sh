@@ -6,7 +6,7 @@
 # Every setting is an environment variable, listed below with its default; further flags of dist_clm_train.py may follow on the
 # command line: finetune_gptj.sh --min-lr 1e-6. Run the same command again to resume from the newest checkpoint in OUT.
 # The first rank writes to this terminal, rank N to OUT/logs/rank_N.log. When one rank fails, the end of its log is shown, the others
-# are stopped, and the script returns that rank's exit code. Ctrl-C stops them all.
+# are stopped, and the script returns that rank's exit code. Ctrl-C stops them all (kill -9 of this script cannot: its ranks go on).
 #
 # Several hosts: start it on each with the same settings; RANK0_HOST is the address of the one that runs rank 0, RANKS a host's share:
 #   host A:  RANK0_HOST=10.0.0.1 RANKS="0 1" ... finetune_gptj.sh
@@ -41,10 +41,10 @@ fi
 : "${ACCUMULATE:=1}"               # accumulation steps per optimizer step
 # --- the schedule; steps count accumulation steps ---------------------------------------------------------------------------------
 : "${TOTAL_STEPS:=2000}"           # steps altogether
-: "${WARMUP_STEPS:=100}"           # steps until LR is reached
+: "${WARMUP_STEPS:=}"              # steps until LR is reached; default: one step in twenty
 : "${LR:=1e-5}"                    # highest learning rate
 : "${CHECKPOINT_STEPS:=500}"       # steps between checkpoints; 0: only the final one
-: "${LOGGING_STEPS:=1}"            # steps between log lines
+: "${LOGGING_STEPS:=10}"           # steps between log lines
 : "${SEED:=42}"                    # order of the data
 : "${LOG_BACKEND:=print}"          # print, or wandb
 # --- the programs -----------------------------------------------------------------------------------------------------------------
@@ -56,6 +56,12 @@ if [[ -z $TASKS ]]; then
     echo "finetune_gptj.sh: name the training data, for instance TASKS=mine.jsonl; $0 --help lists all settings" >&2
     exit 2
 fi
+for setting in PIPELINE REPLICAS; do
+    if ! [[ ${!setting} =~ ^[1-9][0-9]*$ ]]; then
+        echo "finetune_gptj.sh: $setting must be a number of at least 1; it is '${!setting}'" >&2
+        exit 2
+    fi
+done
 if [[ -z $PYTHON ]]; then
     PYTHON=python3
     [[ -x $repo/.venv/bin/python ]] && PYTHON=$repo/.venv/bin/python
@@ -71,9 +77,10 @@ flags=(
     --dist-url "tcp://$RANK0_HOST:$PORT" --world-size "$world_size" --pipeline-group-size "$PIPELINE" --data-group-size "$REPLICAS"
     --device "$DEVICE" --dp-mode allreduce --pp-mode gpipe --optimizer adam
     --seq-length "$SEQ_LENGTH" --batch-size "$BATCH" --micro-batch-size "$MICRO_BATCH" --gradient-accumulate-step "$ACCUMULATE"
-    --total-steps "$TOTAL_STEPS" --warmup-steps "$WARMUP_STEPS" --lr "$LR" --seed "$SEED"
+    --total-steps "$TOTAL_STEPS" --lr "$LR" --seed "$SEED"
     --logging-steps "$LOGGING_STEPS" --train-log-backend "$LOG_BACKEND"
 )
+if [[ -n $WARMUP_STEPS ]]; then flags+=(--warmup-steps "$WARMUP_STEPS"); else flags+=(--warmup-proportion 0.05); fi
 [[ -n $NET_INTERFACE ]] && flags+=(--net-interface "$NET_INTERFACE")
 [[ -n $DP_BACKEND ]] && flags+=(--dp-backend "$DP_BACKEND")
 [[ -n $NUM_THREADS ]] && flags+=(--num-threads "$NUM_THREADS")

@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from modules.lm_ops import Segments, packed_causal_attention, rotate_interleaved
 from user_error import UserError
 
+_DEFAULTS: dict[str, Any] = {"n_positions": 2048, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02}  # those of transformers
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTJConfig:
@@ -41,9 +47,17 @@ class GPTJConfig:
             raise UserError(
                 f"--model-type gptj needs a model whose config.json says model_type gptj; this one says {config.get('model_type')!r}"
             )
-        missing = [key for key in ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim") if not isinstance(config.get(key), int)]
-        if missing:
-            raise UserError(f"config.json of a GPT-J must give {', '.join(missing)} as whole numbers; fetch the file again from its source")
+        wrong = [
+            f"{key} {config.get(key)!r} (a whole number of at least 1)"
+            for key in ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim", "n_positions", "n_inner")
+            if not _is_count(config.get(key, _DEFAULTS.get(key))) and not (key == "n_inner" and config.get(key) is None)
+        ]
+        for key in ("layer_norm_epsilon", "initializer_range"):
+            value = config.get(key, _DEFAULTS[key])
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+                wrong.append(f"{key} {value!r} (a number above 0)")
+        if wrong:
+            raise UserError(f"config.json of this GPT-J holds {'; '.join(wrong)}. Fetch the file again from its source")
         width, num_heads, rotary_dim = config["n_embd"], config["n_head"], config["rotary_dim"]
         rules = [
             (
@@ -52,22 +66,21 @@ class GPTJConfig:
             ),
             (not config.get("tie_word_embeddings", False), "tie_word_embeddings true (the head must have its own weight)"),
             (width % num_heads == 0, f"n_embd {width} that n_head {num_heads} does not divide"),
-            (0 < rotary_dim <= width // max(num_heads, 1) and rotary_dim % 2 == 0, f"rotary_dim {rotary_dim} (even, 2 .. n_embd/n_head)"),
-            (config["n_layer"] >= 1, f"n_layer {config['n_layer']} (at least 1)"),
+            (rotary_dim <= width // num_heads and rotary_dim % 2 == 0, f"rotary_dim {rotary_dim} (even, 2 .. n_embd/n_head)"),
         ]
         broken = [text for holds, text in rules if not holds]
         if broken:
             raise UserError("config.json holds what this trainer does not compute: " + "; ".join(broken))
         return cls(
             vocab_size=config["vocab_size"],
-            num_positions=config.get("n_positions", 2048),
+            num_positions=config.get("n_positions", _DEFAULTS["n_positions"]),
             width=width,
             num_layers=config["n_layer"],
             num_heads=num_heads,
             inner_width=config.get("n_inner") or 4 * width,
             rotary_dim=rotary_dim,
-            layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
-            initializer_range=config.get("initializer_range", 0.02),
+            layer_norm_epsilon=config.get("layer_norm_epsilon", _DEFAULTS["layer_norm_epsilon"]),
+            initializer_range=config.get("initializer_range", _DEFAULTS["initializer_range"]),
         )
 
     @property
@@ -132,7 +145,4 @@ def is_legacy_buffer(name: str) -> bool:
 
 def initial_std(name: str, config: GPTJConfig) -> float:
     """Standard deviation of a freshly drawn weight, as in transformers' GPTJPreTrainedModel; 0 for biases. LayerNorm weights are 1."""
-    if name.endswith(".bias"):
-        return 0.0
-    assert math.isfinite(config.initializer_range), "initializer_range is read as a number"
-    return config.initializer_range
+    return 0.0 if name.endswith(".bias") else config.initializer_range

@@ -26,12 +26,3 @@ def order(kind: Kind, num_micro_batches: int) -> tuple[Action, ...]:
     forwards = tuple(Action("F", i) for i in range(num_micro_batches))
     backwards = tuple(Action("B", i) for i in range(num_micro_batches))
     return forwards + backwards
-
-
-def peak_in_flight(actions: tuple[Action, ...]) -> int:
-    """The most micro-batches whose forward ran and whose backward did not: what activation memory is proportional to."""
-    in_flight = peak = 0
-    for action in actions:
-        in_flight += 1 if action.kind == "F" else -1
-        peak = max(peak, in_flight)
-    return peak

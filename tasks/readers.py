@@ -8,6 +8,7 @@ What is checked when a file is opened, before any training: all records of a pla
 files the records up to the first good one, the rest as they are read. How each format is stored and shuffled is tasks/lines.py's.
 """
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from user_error import UserError
 
 ENDINGS = (".jsonl", ".json", ".jsonl.zst")
 CHECK_ALL_BYTES = 256 * 2**20  # about a second of json.loads
+FINGERPRINT_BYTES = 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -124,22 +126,11 @@ def open_documents(path: str, *, seed: int, place: int, on_bad_record: OnBadReco
     Raises UserError for an unknown ending, a missing or unreadable file, no good record, and, unless bad records are left out, for
     the first bad record among those checked here (see the top of this file).
     """
-    file_name = file_name_of(path).lower()
-    if not file_name.endswith(ENDINGS):
-        raise UserError(
-            f"A data file must end in one of {', '.join(ENDINGS)}, since the ending says its format; seen: {path!r}. Convert it to one "
-            'JSON object with a "text" string per line and name it so. (A weight is written behind the last colon: data.jsonl:0.3)'
-        )
-    local = download(path) if is_url(path) else Path(path).expanduser()
-    if not local.is_file():
-        kind = "a folder" if local.is_dir() else "no such file"
-        raise UserError(
-            f"A data file must exist on the machine that reads the data; {path} is {kind} (looked from {Path.cwd()}). Correct the path."
-        )
+    local = _local_file(path)
     documents: Documents | None = None
     try:
         lines: Lines
-        if file_name.endswith(".zst"):
+        if file_name_of(path).lower().endswith(".zst"):
             lines = ZstLines(local, name=path, seed=seed, place=place)
         else:
             lines = PlainLines(local, seed=seed, place=place)
@@ -152,6 +143,44 @@ def open_documents(path: str, *, seed: int, place: int, on_bad_record: OnBadReco
             raise
         raise UserError(f"A data file must be readable; {path}: {error}. Correct the path or the file's permissions.") from error
     return documents
+
+
+def content_fingerprint(path: str) -> str:
+    """Hex digits that tell whether a data file is still the one a data position belongs to: sha256 over its size and its bytes,
+    of files above 256 MiB over a MiB at the beginning, the middle and the end. Raises UserError as open_documents does for a file
+    that is not there."""
+    local = _local_file(path)
+    try:
+        size = local.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with local.open("rb") as file:
+            if size <= max(CHECK_ALL_BYTES, 3 * FINGERPRINT_BYTES):
+                while block := file.read(FINGERPRINT_BYTES):
+                    digest.update(block)
+            else:
+                for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES):
+                    file.seek(start)
+                    digest.update(file.read(FINGERPRINT_BYTES))
+    except OSError as error:
+        raise UserError(f"A data file must be readable; {path}: {error}. Correct the path or the file's permissions.") from error
+    return digest.hexdigest()
+
+
+def _local_file(path: str) -> Path:
+    """The file on this machine that ``path`` means, downloaded if it is an address. Raises UserError."""
+    file_name = file_name_of(path).lower()
+    if not file_name.endswith(ENDINGS):
+        raise UserError(
+            f"A data file must end in one of {', '.join(ENDINGS)}, since the ending says its format; seen: {path!r}. Convert it to one "
+            'JSON object with a "text" string per line and name it so. (A weight is written behind the last colon: data.jsonl:0.3)'
+        )
+    local = download(path) if is_url(path) else Path(path).expanduser()
+    if not local.is_file():
+        kind = "a folder" if local.is_dir() else "no such file"
+        raise UserError(
+            f"A data file must exist on the machine that reads the data; {path} is {kind} (looked from {Path.cwd()}). Correct the path."
+        )
+    return local
 
 
 def _bad_record(name: str, line_number: int, error: BadRecordError) -> UserError:

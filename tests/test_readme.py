@@ -13,7 +13,7 @@ from harness import REPOSITORY, free_port, log_rows
 BLOCK = re.compile(r"<!-- tested: (?P<name>[\w ]+) -->\n```bash\n(?P<code>.*?)```", re.DOTALL)
 SMALL = {
     r"--total-steps \d+": "--total-steps 4",
-    r"TOTAL_STEPS=\d+": "TOTAL_STEPS=4 WARMUP_STEPS=1",
+    r"TOTAL_STEPS=\d+": "TOTAL_STEPS=4",
     r"--checkpoint-steps \d+": "--checkpoint-steps 2",
     r"CHECKPOINT_STEPS=\d+": "CHECKPOINT_STEPS=2",
     r"--seq-length \d+": "--seq-length 32",

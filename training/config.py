@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from comms.rendezvous import DEFAULT_DIST_URL, Door, door_of_torchrun, parse_dist_url
-from training.flags import describe_flags, flag, parse_flags
+from training.flags import describe_flags, flag, parse_flags, parse_known_flags
 from user_error import UserError
 
 _MODEL, _MEETING, _GRID, _DATA, _STEPS, _OPTIMIZER, _SAVING, _REPORT, _MACHINE = (
@@ -89,7 +89,7 @@ class Config:
         "adam", "adam: AdamW, fused, fp32 (8bit-adam comes with a later version)", group=_OPTIMIZER
     )
     lr: float = flag(1e-5, "peak learning rate", group=_OPTIMIZER)
-    min_lr: float = flag(0.0, "learning rate at the end of the schedule", group=_OPTIMIZER)
+    min_lr: float = flag(0.0, "learning rate of the last update", group=_OPTIMIZER)
     lr_schedule: Literal["linear", "cosine", "constant"] = flag(
         "linear", "how the rate falls after the warm-up, over optimizer steps", group=_OPTIMIZER
     )
@@ -124,7 +124,10 @@ class Config:
     @property
     def door(self) -> Door:
         """Where the ranks meet; parse_config has made dist_url a valid one or left it to torchrun."""
-        return parse_dist_url(self.dist_url) if self.dist_url is not None else (door_of_torchrun() or parse_dist_url(DEFAULT_DIST_URL))
+        if self.dist_url is not None:
+            return parse_dist_url(self.dist_url)
+        alone = Door(host="127.0.0.1", port=0)  # a single process meets nobody: any free port
+        return door_of_torchrun() or (alone if self.world_size == 1 else parse_dist_url(DEFAULT_DIST_URL))
 
 
 # May differ between the ranks of one job: who and where a process is, and paths, which each host may spell its own way.
@@ -153,9 +156,23 @@ def parse_config(argv: Sequence[str], environment: Mapping[str, str] = os.enviro
         parse_flags(Config, argv, "Fine-tune a causal language model over pipeline stages and replicas; start one process per device."),
         environment,
     )
-    problems = [*_missing(config), *_not_yet(config), *_out_of_range(config), *_not_fitting(config)]
+    problems = [*_missing(config), *_not_offered(config), *_out_of_range(config), *_not_fitting(config)]
     if problems:
         raise UserError("\n".join(f"- {problem}" for problem in problems) if len(problems) > 1 else problems[0])
+    return config
+
+
+def parse_meeting_point(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config | None:
+    """What of a command line says where the ranks meet, however wrong the rest of it is; None if that part is wrong too.
+
+    For a rank that cannot start and would like to tell those who wait for it.
+    """
+    names = ("config", "rank", "world_size", "dist_url", "pipeline_group_size", "data_group_size", "rendezvous_timeout")
+    try:
+        config = _fill_in(Config(**parse_known_flags(Config, argv, names)), environment)
+        _ = config.door
+    except UserError:
+        return None
     return config
 
 
@@ -181,12 +198,12 @@ def _fill_in(config: Config, environment: Mapping[str, str]) -> Config:
 def _missing(config: Config) -> list[str]:
     wanted = {"--model-name": config.model_name, "--checkpoint-path": config.checkpoint_path, "--total-steps": config.total_steps}
     if config.rank == 0:
-        wanted["--task-name"] = config.task_name
+        wanted["--task-name"] = config.task_name  # rank 0 alone reads data
     return [f"{name} is required; pass it or put it into --config" for name, value in wanted.items() if value is None or value == ""]
 
 
-def _not_yet(config: Config) -> list[str]:
-    later = [
+def _not_offered(config: Config) -> list[str]:
+    rules = [
         (config.fp16, "--fp16 is not there yet: this version computes in fp32; leave it out"),
         (config.optimizer == "8bit-adam", "--optimizer 8bit-adam is not there yet; use --optimizer adam"),
         (config.profiling == "tidy_profiling", "--profiling tidy_profiling is not there yet; leave it out"),
@@ -195,7 +212,7 @@ def _not_yet(config: Config) -> list[str]:
             "--dp-backend nccl carries CUDA tensors only, and --device is cpu; use --dp-backend gloo",
         ),
     ]
-    return [text for holds, text in later if holds]
+    return [text for holds, text in rules if holds]
 
 
 def _out_of_range(config: Config) -> list[str]:

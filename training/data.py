@@ -10,6 +10,7 @@ from typing import Any
 from checkpoint.model_folder import resolve_model_folder
 from tasks.mixture import Mixture, TaskSpec, parse_task_list
 from tasks.prefetch import StepReader
+from tasks.readers import content_fingerprint
 from training.config import Config
 from user_error import UserError
 
@@ -31,7 +32,12 @@ def load_text_encoder(config: Config, model_folder: Path, num_rows: int) -> Text
     from transformers import AutoTokenizer  # at the point of use: half of a rank's start-up time, and only rank 0 tokenises
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one document at a time on the reader's thread
-    folder = resolve_model_folder(config.tokenizer_name) if config.tokenizer_name is not None else model_folder
+    folder = model_folder
+    if config.tokenizer_name is not None:
+        try:
+            folder = resolve_model_folder(config.tokenizer_name)
+        except UserError as error:
+            raise UserError(f"--tokenizer-name must be a folder or hub name: {error}") from error
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):  # transformers would make up an empty one
         wanted = " or ".join(" + ".join(names) for names in TOKENIZER_FILES)
         raise UserError(f"the folder {folder} must hold a tokenizer ({wanted}), and holds none. Name one with --tokenizer-name")
@@ -79,16 +85,18 @@ def load_text_encoder(config: Config, model_folder: Path, num_rows: int) -> Text
 
 
 def data_identity(config: Config, encoder: TextEncoder) -> dict[str, Any]:
-    """What decides which tokens step n sees, by the name to tell the user. Files may move: their sizes are checked with the data
-    position.
+    """What decides which tokens step n sees, by the name to tell the user. Files may move; what is in them may not change. Raises
+    UserError.
     """
-    assert config.task_name is not None and config.data_group_size is not None, "parse_config requires them on rank 0"
+    assert config.task_name is not None, "look_around requires it on rank 0"
+    tasks = parse_task_list(config.task_name)
     return {
-        "--task-name": [[Path(task.path).name, task.weight] for task in parse_task_list(config.task_name)],
+        "--task-name": [f"{Path(task.path).name}:{round(task.weight, 12):g}" for task in tasks],
+        "contents of the task files": [content_fingerprint(task.path)[:16] for task in tasks],
         "--seed": config.seed,
         "--seq-length": config.seq_length,
         "--on-bad-record": config.on_bad_record,
-        "tokenizer": encoder.fingerprint,
+        "tokenizer": encoder.fingerprint[:16],
         "--gradient-accumulate-step": config.gradient_accumulate_step,
         "global batch (--batch-size x replicas x --gradient-accumulate-step)": sequences_per_step(config),
     }
@@ -102,7 +110,7 @@ def sequences_per_step(config: Config) -> int:
 
 def open_mixture(config: Config, encoder: TextEncoder, state: dict[str, Any] | None) -> Mixture:
     """The mixture of --task-name, at ``state`` or at its beginning. Raises UserError for bad lists, files and records."""
-    assert config.task_name is not None, "parse_config requires it on rank 0"
+    assert config.task_name is not None, "look_around requires it on rank 0"
     tasks: tuple[TaskSpec, ...] = parse_task_list(config.task_name)
     return Mixture(
         tasks=tasks,

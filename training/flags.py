@@ -27,7 +27,21 @@ def flag(default: Any, help_text: str, *, group: str) -> Any:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.replace("unrecognized arguments", "unknown flags (see --help)"))
+        _, separator, unknown = message.partition("unrecognized arguments: ")
+        if separator:
+            known = [option for action in self._actions for option in action.option_strings]
+            given = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
+            near = [f"{match[0]} for {word}" for word in given if (match := difflib.get_close_matches(word, known, n=1))]
+            message = f"unknown flags (see --help): {unknown}" + (f"; did you mean {', '.join(near)}?" if near else "")
+        raise UserError(message)
+
+
+class _Help(argparse.HelpFormatter):
+    """Help lines that end in their default, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = "" if action.default in (None, argparse.SUPPRESS) else f" (default: {action.default})"
+        return (action.help or "").replace("%", "%%") + default
 
 
 def flag_name(field_name: str) -> str:
@@ -47,8 +61,21 @@ def parse_flags(settings: type[Settings], argv: Sequence[str], description: str)
     return settings(**given)
 
 
+def parse_known_flags(settings: type, argv: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """The values of a few flags, from a command line (or its --config file) that may be wrong elsewhere. Raises UserError."""
+    parser = _parser(settings, "")
+    config_file = _config_file_in(argv)
+    from_file = _argv_of_yaml(config_file, settings) if config_file is not None else []
+    few = _Parser(add_help=False, allow_abbrev=False)
+    for action in parser._actions:
+        if action.dest in names:
+            few._add_action(action)
+    given = vars(few.parse_known_args([*from_file, *argv])[0])
+    return {name: value for name, value in given.items() if name in names and name != "config"}
+
+
 def _parser(settings: type, description: str) -> _Parser:
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_Help)
     parser.add_argument("--config", metavar="FILE.yaml", help="a YAML file of flags by name (total-steps: 2000); the command line wins")
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(settings)

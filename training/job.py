@@ -11,6 +11,7 @@ import os
 import platform
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,10 +35,12 @@ from user_error import UserError
 log = logging.getLogger("trainer")
 
 EXIT_FAILED = 1
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(hours=6)  # a save or a long read of rank 0 fits in; deaths are noticed by the lifelines, in moments
 TELL_OTHERS_S = 30.0
+TELL_FLAGS_S = 10.0  # wrong flags are mostly wrong on all ranks alike
 CAUSE_WAIT_S = 5.0
 TELL_LOSS_S = 2.0
+LAST_WORDS_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +66,23 @@ def meet(config: Config) -> Iterator[Job]:
 
     Raises UserError: this rank's own problem, or what the hub says of another's.
     """
+    timeout = timedelta(seconds=config.rendezvous_timeout)
     try:
         facts = look_around(config)
+        host = _open_door(config, facts, timeout) if facts.place.rank == 0 else None
     except UserError as error:
-        _tell_others(config, error)
+        tell_others(config, error, TELL_OTHERS_S)
         raise
-    timeout = timedelta(seconds=config.rendezvous_timeout)
-    host = _open_door(config, facts, timeout) if facts.place.rank == 0 else None
     door = host.door if host is not None else _find_door(config.door, timeout)
     lifeline = Lifeline((door.host, door.port), deadline_s=config.rendezvous_timeout)
     try:
         formed = lifeline.join(_hello(config, facts, problem=None))
     except UserError as error:
         if host is not None:
-            _linger(host.hub, error)
+            _linger(host.hub, error, TELL_OTHERS_S)
         raise
     spans = Spans()
-    lifeline.watch(lambda text: _end_process(facts.place, spans, text))
+    lifeline.watch(lambda text, restart_helps: _end_process(facts.place, spans, text, restart_helps))
     try:
         store = host.store if host is not None else join_store(formed["store"][0], formed["store"][1], timeout)
         job = _form(config, facts, formed["roster"], store, lifeline, spans)
@@ -88,7 +91,7 @@ def meet(config: Config) -> Iterator[Job]:
     except BaseException as error:
         if isinstance(error, (PeerLost, RuntimeError)):
             lifeline.cause_of_loss(CAUSE_WAIT_S)  # if the hub knows who is gone, this process ends inside the wait, naming it
-        lifeline.report_failure(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        lifeline.report_failure(_reason(error), restart_helps=not isinstance(error, UserError))
         if host is not None:
             host.hub.wait_until_loss_told(TELL_LOSS_S)
         raise
@@ -122,7 +125,12 @@ def _open_door(config: Config, facts: LocalFacts, timeout: timedelta) -> _Host:
         describe=lambda rank: facts.place.at(rank).in_words,
     )
     if door.agent_prefix:
-        agent_store(door, timeout).set("hub", f"{address}:{hub_port}")
+        try:
+            agent_store(door, timeout).set("hub", f"{address}:{hub_port}")
+        except dist.DistError as error:
+            raise UserError(
+                f"rank 0 must reach torchrun's store at {door}; it cannot ({error}). Start the job through torchrun again"
+            ) from error
     return _Host(door=Door(host=address, port=hub_port), hub=hub, store=store)
 
 
@@ -174,18 +182,32 @@ def _boot_id() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def _tell_others(config: Config, problem: UserError) -> None:
-    """Best effort: let the ranks that would wait for this one hear at once why it does not come."""
-    assert config.world_size is not None, "parse_config filled it in"
-    if config.world_size == 1:
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted (Ctrl-C)"
+    return str(error) if isinstance(error, (UserError, PeerLost)) else f"{type(error).__name__}: {error}"
+
+
+def tell_others(config: Config, problem: UserError, within_s: float) -> None:
+    """Best effort, at most ``within_s``: let the ranks that would wait for this one hear why it does not come. Shows ``problem``
+    here first.
+    """
+    if config.world_size in (None, 1):
         return
-    door, timeout = config.door, timedelta(seconds=min(config.rendezvous_timeout, TELL_OTHERS_S))
+    assert config.world_size is not None, "checked above"
+    log.error("error: %s", problem)
+    problem.was_shown = True
+    timeout = timedelta(seconds=min(config.rendezvous_timeout, within_s))
     with contextlib.suppress(UserError, OSError, dist.DistError):
         if config.rank != 0:
-            door = _find_door(door, timeout)
-            Lifeline((door.host, door.port), deadline_s=min(5.0, timeout.total_seconds())).join(_hello(config, None, str(problem)))
+            _say_to_hub(config, problem, timeout)
             return
-        listener = listen(door.host, 0 if door.agent_prefix else door.port)
+        door = config.door
+        try:
+            listener = listen(door.host, 0 if door.agent_prefix else door.port)
+        except UserError:  # perhaps another rank 0 of this job sits there: then it should hear of this one
+            _say_to_hub(config, problem, timeout)
+            return
         hub = Hub(
             listener,
             world_size=config.world_size,
@@ -196,15 +218,21 @@ def _tell_others(config: Config, problem: UserError) -> None:
         )
         if door.agent_prefix:
             agent_store(door, timeout).set("hub", f"{door.host}:{listener.getsockname()[1]}")
-        _linger(hub, problem)
+        _linger(hub, problem, within_s)
 
 
-def _linger(hub: Hub, problem: UserError) -> None:
+def _say_to_hub(config: Config, problem: UserError, timeout: timedelta) -> None:
+    door = _find_door(config.door, timeout)
+    Lifeline((door.host, door.port), deadline_s=timeout.total_seconds()).join(_hello(config, None, str(problem)))
+
+
+def _linger(hub: Hub, problem: UserError, within_s: float) -> None:
     """On rank 0, before it ends: the ranks that are still starting would otherwise wait for it in vain."""
-    log.error("error: %s", problem)
-    log.info("telling the other ranks, for at most %.0f s", TELL_OTHERS_S)
-    problem.was_shown = True
-    hub.wait_until_refusal_told(TELL_OTHERS_S)
+    if not problem.was_shown:
+        log.error("error: %s", problem)
+        problem.was_shown = True
+    log.info("telling the other ranks, for at most %.0f s", within_s)
+    hub.wait_until_refusal_told(within_s)
     hub.close()
 
 
@@ -221,16 +249,17 @@ def _find_door(door: Door, timeout: timedelta) -> Door:
     return Door(host=host, port=int(port))
 
 
-def _end_process(place: Place, spans: Spans, text: str) -> None:
+def _end_process(place: Place, spans: Spans, text: str, restart_helps: bool) -> None:
     """Called on the lifeline's thread. The main thread may hang in a wait that nothing can cancel, so the process ends here and now."""
-    log.error(
-        "%s This was noticed during %s on %s. The job cannot go on; start it again with the same command and it resumes "
-        "from its newest checkpoint.",
-        text if text.endswith(".") else text + ".",
-        spans.in_words,
-        place.in_words,
-    )
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_FAILED)
+    threading.Timer(LAST_WORDS_S, os._exit, [EXIT_FAILED]).start()  # also if nobody reads our stderr any more
+    try:
+        where = f"This was noticed during {spans.in_words} on {place.in_words}. " if restart_helps else ""
+        advice = (
+            "The job cannot go on; start it again with the same command and it resumes from its newest checkpoint." if restart_helps else ""
+        )
+        log.error("%s", f"{text.rstrip('.')}. {where}{advice}".rstrip())
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(EXIT_FAILED)

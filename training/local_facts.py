@@ -3,6 +3,7 @@
 Reads no weight and writes nothing. Every mistake found here is a UserError; training/job.py takes it to the other ranks.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,8 @@ class LocalFacts:
 def look_around(config: Config) -> LocalFacts:
     """Everything this rank can check alone. Raises UserError."""
     assert config.data_group_size is not None and config.rank is not None and config.model_name is not None, "parse_config filled these in"
+    if config.rank == 0 and config.train_log_backend == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--train-log-backend wandb needs the package wandb; install it with: pip install wandb")
     place = place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)
     interface = choose_interface(config.net_interface, config.door.host)
     select_for_transport(interface)
@@ -51,7 +54,9 @@ def look_around(config: Config) -> LocalFacts:
         )
     if config.seq_length > model_config.num_positions:
         raise UserError(
-            f"--seq-length must not exceed the model's positions; it is {config.seq_length}, config.json says {model_config.num_positions}"
+            f"--seq-length must not exceed the model's positions; it is {config.seq_length}, config.json says "
+            f"{model_config.num_positions}. "
+            f"Use {model_config.num_positions} or less"
         )
     if config.num_layers is None:
         cut = even_cut(model_config.num_layers, place.pp_size)

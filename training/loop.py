@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from training.gradient import GlobalGradient
 from training.job import Job
 from training.opening import describe_run
 from training.report import Report
-from training.saving import load_weights_and_state, save_step
+from training.saving import check_replicas_alike, load_weights_and_state, save_step
 from training.start import ReadingDesk, Start, agree
 from user_error import UserError
 
@@ -67,6 +68,7 @@ class Trainer:
         self._stage = empty_stage(job.model_config, first, last, device=job.device)
         self._optimizer = AdamW(dict(self._stage.named_parameters()), _adam_settings(config))
         self._load(start)
+        check_replicas_alike(job, self._stage)
         self._gradient = GlobalGradient(
             place=job.place,
             groups=job.groups,
@@ -208,8 +210,8 @@ class Trainer:
         if reason is None:
             self._job.lifeline.cause_of_loss(60.0)  # rank 0 says why, and that ends this process
             reason = UserError("rank 0 ended the data; see its output")
-        kept = f" Everything up to step {self._step} is saved." if self._step > 0 else ""
-        raise UserError(f"{reason}{kept}")
+        kept = f". Everything up to step {self._step} is saved" if self._step > 0 else ""
+        raise UserError(f"{str(reason).rstrip('.')}{kept}")
 
 
 def _adam_settings(config: Config) -> AdamSettings:
@@ -218,8 +220,8 @@ def _adam_settings(config: Config) -> AdamSettings:
 
 def _learning_rate(config: Config, num_updates: int) -> LearningRate:
     assert config.total_steps is not None, "parse_config requires it"
-    warmup_steps: float = config.warmup_steps or 0
+    warmup_steps = Fraction(config.warmup_steps or 0)
     if config.warmup_proportion is not None:
-        warmup_steps = config.warmup_proportion * config.total_steps
+        warmup_steps = Fraction(str(config.warmup_proportion)) * config.total_steps  # 0.07 of 100 is 7, not 7.000000000000001
     num_warmup = math.ceil(warmup_steps / config.gradient_accumulate_step)
     return LearningRate(peak=config.lr, minimum=config.min_lr, num_warmup_steps=num_warmup, num_steps=num_updates, curve=config.lr_schedule)

@@ -4,6 +4,7 @@ Promises: ``<checkpoint-path>/train_log.jsonl`` gets one complete line per optim
 rows of steps that are done again after a resume are appended, never rewritten. Only rank 0 writes it and talks to Weights &
 Biases."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from checkpoint.tensor_file import explained_disk_errors
 from comms.place import Place
 from user_error import UserError
 
@@ -25,7 +27,10 @@ class _LinesAboveTheBar(logging.Handler):
     """Log lines through tqdm, so that the progress line stays the last one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # as every logging.Handler: a terminal that went away must not end the training
+            self.handleError(record)
 
 
 def set_up_logging(place: str) -> None:
@@ -46,16 +51,18 @@ class Report:
         self._speaks = place.rank == 0
         self._total_steps, self._logging_steps, self._step = total_steps, logging_steps, first_step
         self._first_step, self._start = first_step, time.perf_counter()
+        self._path = folder / "train_log.jsonl"
         self._file: TextIO | None = None
         self._bar: tqdm[Any] | None = None
         self._wandb: Any = None
         if self._speaks:
-            self._file = _open_log(folder / "train_log.jsonl")
+            with explained_disk_errors(self._path):
+                self._file = _open_log(self._path)
             has_width = shutil.get_terminal_size(fallback=(0, 0)).columns > 0  # some terminals say 0, and tqdm would show nothing
             self._bar = tqdm(
                 total=total_steps,
                 initial=first_step,
-                unit="step",
+                bar_format="{desc}ETA {remaining} |{bar}|",  # a narrow terminal cuts the end off
                 ncols=None if has_width else 100,
                 dynamic_ncols=has_width,
                 disable=not sys.stderr.isatty(),
@@ -70,22 +77,29 @@ class Report:
             import wandb
         except ImportError as error:
             raise UserError("--train-log-backend wandb needs the package wandb; install it with: pip install wandb") from error
-        self._wandb = wandb.init(project=project, dir=str(folder), config=dict(resolved))
+        try:
+            self._wandb = wandb.init(project=project, dir=str(folder), config=dict(resolved))
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"Weights & Biases must start for --train-log-backend wandb; it says: {error}. Cure that, or use print"
+            ) from error
 
     def row(self, row: Mapping[str, Any]) -> None:
         """One optimizer step. ``row`` has at least step, loss, lr, grad_norm, tokens_per_s."""
         if not self._speaks:
             return
         assert self._file is not None and self._bar is not None, "rank 0 opened them"
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with explained_disk_errors(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log(dict(row), step=row["optimizer_step"])
         before, self._step = self._step, row["step"]
-        self._bar.set_postfix_str(f"loss {_number(row['loss'])}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
+        progress = f"step {row['step']}/{self._total_steps}  loss {_number(row['loss'])}  {row['tokens_per_s']:,.0f} tokens/s  "
+        self._bar.set_description_str(progress, refresh=False)
         self._bar.update(row["step"] - before)
         due = row["step"] // self._logging_steps > before // self._logging_steps or row["step"] >= self._total_steps
-        if due and self._bar.disable:
+        if due:
             log.info(
                 "step %d/%d  loss %s  lr %.3g  grad norm %s  %s tokens/s  ETA %s%s",
                 row["step"],
@@ -107,7 +121,8 @@ class Report:
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take was reported with its row
+                self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -7,14 +7,16 @@ position) is what is saved, keyed by layer."""
 import json
 import logging
 import platform
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from checkpoint.job_lock import read_lock_token
 from checkpoint.layer_store import StepWriter, file_of_layer
@@ -31,6 +33,7 @@ from user_error import UserError
 log = logging.getLogger("trainer")
 
 LOCK_VISIBLE_WITHIN_S = 5.0  # network filesystems show another host's file with a delay
+SUM_CHUNK_ELEMENTS = 2**22
 SAVE_TIMEOUT = timedelta(hours=6)  # a dead peer ends the wait at once (comms/hub.py); this is for one that hangs
 
 
@@ -107,6 +110,33 @@ def load_weights_and_state(stage: Stage, optimizer: AdamW, folder: Path) -> None
     optimizer.load_state(states)
 
 
+def check_replicas_alike(job: Job, stage: Stage) -> None:
+    """Collective over all ranks: every replica of a stage must start from the same weights, or the sum of their gradients belongs to none.
+
+    Each parameter is reduced to the exact sum of its 32-bit words. Raises UserError on a replica that differs from replica 0.
+    """
+    sums = {name: sum(chunk.sum().item() for chunk in _words(parameter)) for name, parameter in stage.named_parameters()}
+    job.store.set(f"weights/{job.place.pp}/{job.place.dp}", json.dumps(sums))
+    if job.place.dp == 0:
+        return
+    key = f"weights/{job.place.pp}/0"
+    job.store.wait([key], SAVE_TIMEOUT)
+    first = json.loads(job.store.get(key))
+    differing = [name for name in sums if sums[name] != first[name]]
+    if differing:
+        raise UserError(
+            f"all replicas start from the same weights; {job.place.in_words} on host {job.roster[job.place.rank]['host']} has "
+            "others than replica 0 in "
+            f"{len(differing)} tensors, first {differing[0]}. Give every host the same copy of the model folder"
+        )
+
+
+def _words(parameter: Tensor) -> Iterator[Tensor]:
+    """The bits of an fp32 tensor as int64 numbers, in pieces that cost little memory."""
+    for piece in parameter.detach().flatten().split(SUM_CHUNK_ELEMENTS):
+        yield piece.view(torch.int32).long()
+
+
 def save_step(
     job: Job, *, root: Path, step: int, stage: Stage, optimizer: AdamW, trainer: Mapping[str, Any], copy_from: list[Path]
 ) -> None:
@@ -116,7 +146,19 @@ def save_step(
     """
     if job.place.dp != 0:
         return
-    writer, prefix = StepWriter(root, step), f"save/{step}"
+    writer = StepWriter(root, step)
+    try:
+        _write_and_commit(job, writer, stage, optimizer, trainer, copy_from)
+    except UserError:
+        if job.place.rank == 0:
+            shutil.rmtree(writer.partial, ignore_errors=True)  # a disk that is full should not stay full of this
+        raise
+
+
+def _write_and_commit(
+    job: Job, writer: StepWriter, stage: Stage, optimizer: AdamW, trainer: Mapping[str, Any], copy_from: list[Path]
+) -> None:
+    prefix = f"save/{writer.step}"
     if job.place.rank == 0:
         writer.begin()
         job.store.set(f"{prefix}/begun", "1")
@@ -142,7 +184,7 @@ def save_step(
         {name: file for message in of_stages for name, file in message["weight_map"].items()},
         copy_from,
         {
-            "step": step,
+            "step": writer.step,
             "cut": [list(layers) for layers in job.cut],
             "num_threads": job.num_threads,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -18,6 +18,7 @@ from training.config import Config
 from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture
 from training.job import Job
 from training.saving import SAVE_TIMEOUT, ResumePoint, check_same_data, check_sees_lock, find_resume_point
+from user_error import UserError
 
 log = logging.getLogger("trainer")
 
@@ -62,6 +63,10 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
 
 
 def _settle(job: Job, config: Config, root: Path, cleanup: ExitStack) -> tuple[Start, ReadingDesk | None]:
+    if (root / "config.json").exists():
+        raise UserError(
+            f"--checkpoint-path must be a folder of this job's own, and {root} holds a model (config.json). Give another folder"
+        )
     lock = cleanup.enter_context(JobLock(root))
     for name in remove_partials(root):
         log.info("removed %s, the rest of a save that was cut off", root / name)
@@ -78,6 +83,8 @@ def _settle(job: Job, config: Config, root: Path, cleanup: ExitStack) -> tuple[S
     )
     if is_finished:
         return start, None
+    if point is not None:
+        log.info("resuming from %s", point.folder)
     encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size)
     identity = data_identity(config, encoder)
     mixture = open_mixture(config, encoder, _data_position(config, point, identity))
