@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from harness import Process, free_port, launch, train, train_argv
+from harness import REPOSITORY, Process, free_port, launch, train, train_argv
 from safetensors.torch import load_file, save_file
 
 import dist_clm_train
+from comms.interfaces import list_interfaces
 from user_error import UserError
 
 
@@ -210,6 +213,61 @@ def test_an_interface_variable_that_disagrees_is_an_error_naming_both(variable: 
     refused(tmp_path, variable, "'eth9'", "'lo'", before=before, **flags)
 
 
+def test_a_wrong_flag_on_one_rank_alone_is_told_to_the_others_at_once(flags: dict[str, Any], tmp_path: Path) -> None:
+    for wrong, wanted in (
+        ({"micro_batch_size": 3}, "3 does not divide 4"),
+        ({"lr": "fast"}, "fast"),
+        ({"total_stepz": 3}, "--total-stepz"),
+    ):
+        started = time.monotonic()
+        for text in ended(two_ranks(flags, tmp_path, rank1=wrong)):
+            assert wanted in text
+        assert time.monotonic() - started < 8
+    for text in ended(two_ranks(flags, tmp_path, rank0={"micro_batch_size": 3})):
+        assert "3 does not divide 4" in text
+
+
+def test_data_that_rank_0_was_not_given_is_told_to_the_others_at_once(flags: dict[str, Any], tmp_path: Path) -> None:
+    started = time.monotonic()
+    for text in ended(two_ranks({**flags, "task_name": None}, tmp_path)):
+        assert "--task-name is required" in text
+    assert time.monotonic() - started < 8
+
+
+def test_an_interface_on_rank_0_that_does_not_own_the_dist_url_is_told_to_the_others_at_once(flags: dict[str, Any], tmp_path: Path) -> None:
+    others = [name for name, interface in list_interfaces().items() if not interface.is_loopback]
+    if not others:
+        pytest.skip("this machine has no interface but lo")
+    started = time.monotonic()
+    for text in ended(two_ranks(flags, tmp_path, rank0={"net_interface": others[0]})):
+        assert "127.0.0.1 belongs to lo" in text
+    assert time.monotonic() - started < 8
+
+
+def test_a_mistyped_flag_is_answered_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dist_clm_train.main(["--total-step", "4", "--world-size", "1"]) == 2
+    assert "did you mean --total-steps for --total-step" in capsys.readouterr().err
+
+
+def test_replicas_that_would_start_from_other_weights_are_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Same shapes, other numbers: a stale copy of the model on one host."""
+    make_model(tmp_path / "stale", seed=5)
+    make_tokenizer(tmp_path / "stale")
+    grid = {"pipeline_group_size": 1, "data_group_size": 2}
+    common = {**flags, **grid, "world_size": 2, "dist_url": f"tcp://127.0.0.1:{free_port()}", "device": "cpu", "rendezvous_timeout": 20}
+    stale = {"model_name": tmp_path / "stale"}
+    processes = launch(lambda rank: train_argv(**{**common, "rank": rank, **(stale if rank else {})}), 2, tmp_path / "ranks")
+    for text in ended(processes):
+        assert "all replicas start from the same weights; rank 1" in text and "45 tensors" in text
+
+
+def test_a_script_without_its_packages_says_how_to_get_them() -> None:
+    for script in ("dist_clm_train.py", "convert_from_hf_gptj.py", "convert_to_hf_gptj.py"):
+        done = subprocess.run([sys.executable, "-S", script, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "lacks the package" in done.stderr and "make setup" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_dist_url_that_is_not_this_machines_is_refused_by_rank_0(flags: dict[str, Any], tmp_path: Path) -> None:
     url = {"dist_url": f"tcp://203.0.113.7:{free_port()}", "rendezvous_timeout": 1, "net_interface": "lo"}
     (text,) = ended(launch(lambda _: train_argv(**{**flags, **url, "rank": 0, "world_size": 1}), 1, tmp_path / "ranks"))
@@ -363,6 +421,24 @@ def _at(folder: Path) -> Any:
     return before
 
 
+@pytest.mark.parametrize("change", ["a line more", "other words of the same length"])
+def test_a_data_file_that_changed_is_noticed_on_resume_and_can_start_over(change: str, flags: dict[str, Any], tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(GOOD * 40)
+    own = {**flags, "task_name": data}
+    train(tmp_path / "first", **own)
+    data.write_text(GOOD * 41 if change == "a line more" else GOOD.replace("good", "evil") * 40)
+    (process,) = train(tmp_path / "second", expect=1, **{**own, "total_steps": 4})
+    assert "contents of the task files: then" in process.text and "--allow-data-change" in process.text
+    (process,) = train(tmp_path / "third", **{**own, "total_steps": 4, "allow_data_change": "true"})
+    assert "starts over" in process.text
+
+
+def test_the_same_weights_written_otherwise_are_the_same_task_list(flags: dict[str, Any], tasks: list[Path], tmp_path: Path) -> None:
+    train(tmp_path / "first", **{**flags, "task_name": f"{tasks[0]}:0.7,{tasks[1]}:0.1"})
+    train(tmp_path / "second", **{**flags, "task_name": f"{tasks[0]}:7,{tasks[1]}:1", "total_steps": 4})
+
+
 def test_learning_rate_total_and_checkpoint_steps_may_change_on_resume(flags: dict[str, Any], finished: Path, tmp_path: Path) -> None:
     train(tmp_path / "more", stages=2, **{**flags, "total_steps": 4, "lr": 5e-4, "checkpoint_steps": 1})
     assert {"2", "3", "4"} <= {path.name for path in finished.iterdir()}
@@ -399,4 +475,19 @@ def test_a_second_job_on_the_same_checkpoint_path_is_refused_naming_the_owner(fl
 def test_a_checkpoint_path_that_cannot_be_made_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     refused(tmp_path, "file", **{**flags, "checkpoint_path": tmp_path / "file" / "run"})
+    refused(tmp_path, "file", **{**flags, "checkpoint_path": tmp_path / "file"})
     assert (tmp_path / "file").read_text() == "not a folder"
+    refused(tmp_path, "cannot write", **{**flags, "checkpoint_path": "/proc/no-such-folder"})
+
+
+def test_a_checkpoint_path_that_is_a_model_folder_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    for process in train(tmp_path / "ranks", expect=1, **{**flags, "checkpoint_path": tmp_path / "model"}):
+        assert "holds a model" in process.text
+    assert not (tmp_path / "model" / ".lock").exists()
+
+
+def test_a_log_that_cannot_be_written_is_a_clear_error(flags: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run" / "train_log.jsonl").mkdir(parents=True)
+    for process in train(tmp_path / "ranks", stages=2, expect=1, **flags):
+        assert "train_log.jsonl" in process.text and "Traceback" not in process.text

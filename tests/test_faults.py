@@ -163,6 +163,68 @@ def test_strangers_at_the_door_do_not_disturb_the_ranks_that_meet(flags: dict[st
         stranger.close()
 
 
+def test_a_rank_whose_terminal_is_gone_still_ends(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Its stderr is a closed pipe: the message about the lost rank goes nowhere, the process must end all the same."""
+    stamp = tmp_path / "died"
+    die = die_in("forward", 1, stamp)
+
+    def before(rank: int) -> None:
+        die(rank)
+        if rank == 2:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, 2)
+
+    url = f"tcp://127.0.0.1:{free_port()}"
+    processes = launch(lambda rank: train_argv(**flags, rank=rank, dist_url=url), 4, tmp_path / "ranks", before)
+    all_end(processes, 40)
+    assert stamp.exists() and processes[2].status not in (0, None)
+
+
+def test_a_save_may_take_longer_than_any_step(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Rank 0 commits slowly; the others wait in a collective and must not take it for lost. (The real limit is six hours.)"""
+    assert job.COLLECTIVE_TIMEOUT.total_seconds() >= 6 * 3600
+
+    def before(rank: int) -> None:
+        commit = StepWriter.commit
+
+        def slow(self: StepWriter, *args: Any, **kwargs: Any) -> Any:
+            time.sleep(2)
+            return commit(self, *args, **kwargs)
+
+        StepWriter.commit = slow  # type: ignore[method-assign]
+
+    train(tmp_path / "ranks", stages=2, replicas=2, before=before, **{**flags, "total_steps": 4})
+
+
+def test_a_save_that_fails_leaves_no_rest_behind(flags: dict[str, Any], tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        from user_error import UserError
+
+        def full(self: StepWriter, *_: Any) -> Any:
+            (self.partial / "half a file").write_text("x")
+            raise UserError("cannot write: No space left on device")
+
+        StepWriter.write_train_state = full  # type: ignore[method-assign]
+
+    (process,) = train(
+        tmp_path / "ranks", expect=1, before=before, **{**flags, "pipeline_group_size": 1, "data_group_size": 1, "world_size": 1}
+    )
+    assert "No space left on device" in process.text and "Traceback" not in process.text
+    assert sorted(path.name for path in Path(flags["checkpoint_path"]).iterdir()) == [".lock", "train_log.jsonl"]
+
+
+def test_two_single_process_jobs_need_no_port_of_their_own(flags: dict[str, Any], tmp_path: Path) -> None:
+    alone = {**flags, "pipeline_group_size": 1, "data_group_size": 1, "world_size": 1}
+    processes = [
+        process
+        for n in range(2)
+        for process in launch(lambda _, n=n: train_argv(**{**alone, "checkpoint_path": tmp_path / f"run{n}"}), 1, tmp_path / "ranks")
+    ]
+    all_end(processes, 60)
+    assert [process.status for process in processes] == [0, 0], processes[1].text
+
+
 def launch_for_real(argv: list[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
     with output.open("wb") as file:
         return subprocess.Popen(

@@ -430,6 +430,16 @@ def test_the_launcher_gives_every_rank_its_number_its_device_the_grid_and_the_us
         assert "--num-threads" not in given  # a setting left empty is left to the trainer's own default
 
 
+@pytest.mark.parametrize("setting", ["PIPELINE", "REPLICAS"])
+@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5"])
+def test_the_launcher_refuses_a_grid_that_is_none(setting: str, value: str, tmp_path: Path) -> None:
+    launcher = launch(tmp_path, **{setting: value})
+    output, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 2
+    assert f"{setting} must be a number of at least 1; it is '{value}'" in output
+    assert notes(tmp_path, "pids") == []
+
+
 def test_the_launcher_asks_for_training_data_instead_of_starting_without(tmp_path: Path) -> None:
     launcher = launch(tmp_path, TASKS="")
     output, _ = launcher.communicate(timeout=30)
