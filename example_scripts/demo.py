@@ -186,7 +186,8 @@ def demo(output: Path, num_steps: int, min_drop: float) -> None:
 
 def report(steps: Steps, output: Path, checkpoint: Path, hf_end: Path, first: float, last: float) -> None:
     size_mb = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6
-    print(f"\n=== Done: loss {first:.3f} -> {last:.3f} nat per token, {first - last:.2f} lower (first step, mean of the last {NUM_LAST_ROWS})\n\nWhat was made ({size_mb:.0f} MB):")
+    drop = f"{first:.3f} -> {last:.3f} nat per token, {first - last:.2f} lower (first step, mean of the last {NUM_LAST_ROWS})"
+    print(f"\n=== Done: loss {drop}\n\nWhat was made ({size_mb:.0f} MB):")
     for path, meaning in (
         (output / "data", "two tasks of {text} records"),
         (output / "tiny-gptj", "the random start, Hugging Face format"),

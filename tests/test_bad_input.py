@@ -383,7 +383,7 @@ def finished(flags: dict[str, Any], tmp_path: Path) -> Path:
         ({"task_name": "other"}, ("--task-name", "task0.jsonl", "task1.jsonl")),
         ({"task_name": "reweighted"}, ("--task-name", "0.25")),
         ({"tokenizer_name": "other"}, ("tokenizer: then",)),
-        ({"gradient_accumulate_step": 2, "batch_size": 2}, ("--gradient-accumulate-step: then 1, now 2",)),
+        ({"gradient_accumulate_step": 2, "batch_size": 2}, ("--gradient-accumulate-step", "saved with 1, now it is 2")),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -400,10 +400,13 @@ def test_a_resume_with_other_data_names_both_values_and_can_start_the_data_over(
         change["tokenizer_name"] = tmp_path / "other"
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
     longer = {**flags, **change, "total_steps": 4, "checkpoint_path": None}
-    for process in refused(tmp_path, *wanted, "--allow-data-change", **{**longer, "before": _at(finished)}):
-        assert process.status == 1
+    is_data = "gradient_accumulate_step" not in change
+    for allowed in ("false",) if is_data else ("false", "true"):
+        cure = "--allow-data-change" if is_data else "Set it back"
+        for process in refused(tmp_path, *wanted, cure, **{**longer, "before": _at(finished), "allow_data_change": allowed}):
+            assert process.status == 1
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"} == before
-    if "gradient_accumulate_step" not in change:
+    if is_data:
         processes = train(tmp_path / "over", stages=2, **{**longer, "checkpoint_path": finished, "allow_data_change": "true"})
         assert "starts over" in processes[0].text
         assert (finished / "4" / "manifest.json").exists()

@@ -103,6 +103,12 @@ def _data_position(config: Config, point: ResumePoint | None, identity: dict[str
     """Where in the data to go on; None: at its beginning."""
     if point is None:
         return None
+    saved_accumulation = point.trainer["data_identity"]["--gradient-accumulate-step"]
+    if saved_accumulation != config.gradient_accumulate_step:
+        raise UserError(
+            f"--gradient-accumulate-step must stay what it was, because steps are counted in it; {point.folder} was saved with "
+            f"{saved_accumulation}, now it is {config.gradient_accumulate_step}. Set it back, or use another --checkpoint-path"
+        )
     if config.allow_data_change and point.trainer["data_identity"] != identity:
         log.warning("the data changed since %s and starts over (--allow-data-change)", point.folder)
         return None
