@@ -121,7 +121,7 @@ def ended(processes: list[Process], timeout_s: float = 25) -> list[str]:
 def two_ranks(flags: dict[str, Any], tmp_path: Path, **of_rank: dict[str, Any]) -> list[Process]:
     """Two stages; rank0 and rank1 may each get flags of their own."""
     url = f"tcp://127.0.0.1:{free_port()}"
-    common = {"rendezvous_timeout": 20, **flags, "pipeline_group_size": 2, "world_size": 2, "dist_url": url, "device": "cpu"}
+    common = {"rendezvous_timeout": 60, **flags, "pipeline_group_size": 2, "world_size": 2, "dist_url": url, "device": "cpu"}
     return launch(lambda rank: train_argv(**{**common, "rank": rank, **of_rank.get(f"rank{rank}", {})}), 2, tmp_path / "ranks")
 
 
@@ -202,7 +202,7 @@ def test_a_wrong_interface_on_rank_0_alone_is_told_to_the_others_at_once(flags: 
     started = time.monotonic()
     for text in ended(two_ranks(flags, tmp_path, rank0={"net_interface": "nosuch0"})):
         assert "'nosuch0' is not one of" in text
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("variable", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
@@ -222,7 +222,7 @@ def test_a_wrong_flag_on_one_rank_alone_is_told_to_the_others_at_once(flags: dic
         started = time.monotonic()
         for text in ended(two_ranks(flags, tmp_path, rank1=wrong)):
             assert wanted in text
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 30
     for text in ended(two_ranks(flags, tmp_path, rank0={"micro_batch_size": 3})):
         assert "3 does not divide 4" in text
 
@@ -231,7 +231,7 @@ def test_data_that_rank_0_was_not_given_is_told_to_the_others_at_once(flags: dic
     started = time.monotonic()
     for text in ended(two_ranks({**flags, "task_name": None}, tmp_path)):
         assert "--task-name is required" in text
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 30
 
 
 def test_an_interface_on_rank_0_that_does_not_own_the_dist_url_is_told_to_the_others_at_once(flags: dict[str, Any], tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_an_interface_on_rank_0_that_does_not_own_the_dist_url_is_told_to_the_ot
     started = time.monotonic()
     for text in ended(two_ranks(flags, tmp_path, rank0={"net_interface": others[0]})):
         assert "127.0.0.1 belongs to lo" in text
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 30
 
 
 def test_a_mistyped_flag_is_answered_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
