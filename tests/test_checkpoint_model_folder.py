@@ -200,6 +200,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's own, about the bare pickle that it then refuses
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))], ids=["zip", "bare pickle"])
 def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(model, folder, tmp_path, write):
     with_bin_files(folder, {})

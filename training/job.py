@@ -56,7 +56,7 @@ class Job(LocalFacts):
 
     def wait_for_all(self) -> None:
         """Collective over all ranks: returns when all have called it, so that nobody's end is taken for a loss."""
-        with self.spans.span("waiting for the other ranks to finish"), naming_the_peer("waiting for the other ranks to finish"):
+        with self.spans.span("waiting for the other ranks"), naming_the_peer("waiting for the other ranks"):
             dist.barrier()
 
 
