@@ -201,7 +201,8 @@ def report(steps: Steps, output: Path, checkpoint: Path, hf_end: Path, first: fl
     for title, duration_s in steps.durations_s:
         print(f"  {duration_s:6.1f} s  {title}")
     print(
-        "\nNext, your own model and data (GPT-J 6B: 24 GB to download, as much again on disk; by default 4 GPUs):\n"
+        "\nNext, your own model and data (GPT-J 6B: 24 GB to download, as much again on disk; in fp32, 97 GB\n"
+        "of GPU memory over the stages of one replica; by default 2 stages x 2 replicas):\n"
         "  .venv/bin/python convert_from_hf_gptj.py --model-name EleutherAI/gpt-j-6b --save-dir pretrained_models\n"
         "  MODEL=pretrained_models/EleutherAI_gpt-j-6b TASKS=my_texts.jsonl OUT=model_checkpoints/mine example_scripts/finetune_gptj.sh\n"
         "  .venv/bin/python convert_to_hf_gptj.py --ckpt-path model_checkpoints/mine/2000 --save-path my-gptj\n"
