@@ -7,6 +7,7 @@
 All flags: ``--help`` or docs/flags.md. Exit status: 0 trained or nothing to do, 1 the job failed, 2 the command line is wrong,
 130 interrupted. """
 
+import contextlib
 import logging
 import os
 import sys
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         meeting_point = parse_meeting_point(argv)
         if meeting_point is not None:
-            tell_others(meeting_point, error, TELL_FLAGS_S)
+            with contextlib.suppress(KeyboardInterrupt):  # what was wrong is on the screen already
+                tell_others(meeting_point, error, TELL_FLAGS_S)
         if not error.was_shown:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE

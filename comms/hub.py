@@ -18,6 +18,7 @@ Left to others: the client side (lifeline.py), process groups (groups.py), froze
 
 import asyncio
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -161,6 +162,9 @@ class Hub:
             text = f"this --dist-url belongs to a job that is already running with all its ranks; {hello.in_words} is one too many"
             _send(writer, {"refused": f"{text}. Give every process of a job its own --rank, and another job another port"})
             return None
+        if hello.problem is not None and hello.rank == 0 and hello.world_size != self._world_size:
+            _send(writer, {"refused": "another job is meeting here"})  # a rank 0 of that size cannot be ours: it shall not end this job
+            return None
         if verdict.refused is None:
             problem = self._problem_with(hello)
             if problem is None:
@@ -173,6 +177,14 @@ class Hub:
 
     def _problem_with(self, hello: Hello) -> str | None:
         members = self._verdict.members
+        if (
+            hello.problem is not None and hello.rank == 0
+        ):  # the hub lives in rank 0's process, and a problem of that one does not come by wire
+            return (
+                f"two processes say they are rank 0: pid {os.getpid()} on {socket.gethostname()} and pid {hello.pid} on {hello.host}. "
+                "Give every process its own --rank or, if these are two jobs, each its own port. "
+                f"The second one says: {hello.problem}"
+            )
         if hello.problem is not None:
             return f"{hello.in_words}: {hello.problem}"
         if hello.world_size != self._world_size:
@@ -231,11 +243,9 @@ class Hub:
             if not isinstance(message, dict):
                 raise TypeError("a member sends objects")
             if message.get("done"):
-                member.is_done = True
-                if all(m.is_done for m in self._verdict.members.values()):
-                    self._all_done.set()
+                self._ended(member)
             elif "failed" in message:
-                member.is_done = True
+                self._ended(member)
                 text = f"{self._describe(member.hello.rank)} on host {member.hello.host} stopped: {message['failed']}"
                 self._tell_others(member, text, restart_helps=bool(message.get("restart_helps")))
 
@@ -246,9 +256,14 @@ class Hub:
         if self._verdict.formed is None:
             self._refuse(f"{hello.in_words} went away while the ranks were meeting")
             return
-        member.is_done = True
+        self._ended(member)
         text = f"{self._describe(rank)} is gone: process {hello.pid} on host {hello.host} ended without a word"
         self._tell_others(member, text, restart_helps=True)
+
+    def _ended(self, member: _Member) -> None:
+        member.is_done = True
+        if all(m.is_done for m in self._verdict.members.values()):
+            self._all_done.set()
 
     def _tell_others(self, source: _Member, text: str, *, restart_helps: bool) -> None:
         for rank, member in sorted(self._verdict.members.items(), reverse=True):  # rank 0, whose process holds this thread, last

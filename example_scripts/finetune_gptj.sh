@@ -41,7 +41,7 @@ fi
 : "${ACCUMULATE:=1}"               # accumulation steps per optimizer step
 # --- the schedule; steps count accumulation steps ---------------------------------------------------------------------------------
 : "${TOTAL_STEPS:=2000}"           # steps altogether
-: "${WARMUP_STEPS:=}"              # steps until LR is reached; default: one step in twenty
+: "${WARMUP_STEPS:=$((TOTAL_STEPS / 20))}" # steps until LR is reached; default: one step in twenty
 : "${LR:=1e-5}"                    # highest learning rate
 : "${CHECKPOINT_STEPS:=500}"       # steps between checkpoints; 0: only the final one
 : "${LOGGING_STEPS:=10}"           # steps between log lines
@@ -77,10 +77,9 @@ flags=(
     --dist-url "tcp://$RANK0_HOST:$PORT" --world-size "$world_size" --pipeline-group-size "$PIPELINE" --data-group-size "$REPLICAS"
     --device "$DEVICE" --dp-mode allreduce --pp-mode gpipe --optimizer adam
     --seq-length "$SEQ_LENGTH" --batch-size "$BATCH" --micro-batch-size "$MICRO_BATCH" --gradient-accumulate-step "$ACCUMULATE"
-    --total-steps "$TOTAL_STEPS" --lr "$LR" --seed "$SEED"
+    --total-steps "$TOTAL_STEPS" --warmup-steps "$WARMUP_STEPS" --lr "$LR" --seed "$SEED"
     --logging-steps "$LOGGING_STEPS" --train-log-backend "$LOG_BACKEND"
 )
-if [[ -n $WARMUP_STEPS ]]; then flags+=(--warmup-steps "$WARMUP_STEPS"); else flags+=(--warmup-proportion 0.05); fi
 [[ -n $NET_INTERFACE ]] && flags+=(--net-interface "$NET_INTERFACE")
 [[ -n $DP_BACKEND ]] && flags+=(--dp-backend "$DP_BACKEND")
 [[ -n $NUM_THREADS ]] && flags+=(--num-threads "$NUM_THREADS")

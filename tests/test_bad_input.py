@@ -49,7 +49,7 @@ def refused(tmp_path: Path, *wanted: str, stages: int = 2, everywhere: bool = Tr
         for part in wanted:
             assert part in text, f"{part!r} is not in:\n{text}"
     root = flags.get("checkpoint_path")
-    if root is not None:
+    if root is not None and os.path.isdir(root):
         assert not [p for p in Path(root).glob("*") if p.name not in (".lock", "kept")], "nothing is written"
     return processes
 
@@ -79,6 +79,7 @@ def refused(tmp_path: Path, *wanted: str, stages: int = 2, everywhere: bool = Tr
         ({"model_type": "bert"}, ("--model-type", "gptj")),
         ({"lr": "fast"}, ("--lr", "fast")),
         ({"lr": -1}, ("--lr must be 0 or more",)),
+        ({"rendezvous_timeout": "nan"}, ("--rendezvous-timeout must be above 0",)),
         ({"min_lr": 1}, ("--min-lr must not exceed --lr",)),
         ({"no_such_flag": 1}, ("unknown flags", "--no-such-flag")),
         ({"model_name": "/no/such/folder"}, ("/no/such/folder",)),
@@ -142,6 +143,7 @@ def test_two_rank_zeros_both_hear_of_each_other(flags: dict[str, Any], tmp_path:
     processes = two_ranks({**flags, "rendezvous_timeout": 60}, tmp_path, rank1={"rank": 0})
     texts = ended(processes)
     assert all("is taken, by another job or another rank 0" in text for text in texts), texts
+    assert any("two processes say they are rank 0" in text and "--rank" in text for text in texts), texts
 
 
 def test_a_rank_that_never_shows_up_is_named_at_the_deadline(flags: dict[str, Any], tmp_path: Path) -> None:
@@ -218,6 +220,7 @@ def test_a_wrong_flag_on_one_rank_alone_is_told_to_the_others_at_once(flags: dic
         ({"micro_batch_size": 3}, "3 does not divide 4"),
         ({"lr": "fast"}, "fast"),
         ({"total_stepz": 3}, "--total-stepz"),
+        ({"config": "/no/such.yaml"}, "/no/such.yaml"),
     ):
         started = time.monotonic()
         for text in ended(two_ranks(flags, tmp_path, rank1=wrong)):
@@ -481,6 +484,7 @@ def test_a_checkpoint_path_that_cannot_be_made_is_refused(flags: dict[str, Any],
     refused(tmp_path, "file", **{**flags, "checkpoint_path": tmp_path / "file"})
     assert (tmp_path / "file").read_text() == "not a folder"
     refused(tmp_path, "cannot write", **{**flags, "checkpoint_path": "/proc/no-such-folder"})
+    refused(tmp_path, "cannot write", **{**flags, "checkpoint_path": tmp_path / ("a" * 300)})
 
 
 def test_a_checkpoint_path_that_is_a_model_folder_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class Config:
         "adam", "adam: AdamW, fused, fp32 (8bit-adam comes with a later version)", group=_OPTIMIZER
     )
     lr: float = flag(1e-5, "peak learning rate", group=_OPTIMIZER)
-    min_lr: float = flag(0.0, "learning rate of the last update", group=_OPTIMIZER)
+    min_lr: float = flag(0.0, "learning rate of the last update (which changes nothing at 0)", group=_OPTIMIZER)
     lr_schedule: Literal["linear", "cosine", "constant"] = flag(
         "linear", "how the rate falls after the warm-up, over optimizer steps", group=_OPTIMIZER
     )
@@ -158,7 +158,8 @@ def parse_config(argv: Sequence[str], environment: Mapping[str, str] = os.enviro
     )
     problems = [*_missing(config), *_not_offered(config), *_out_of_range(config), *_not_fitting(config)]
     if problems:
-        raise UserError("\n".join(f"- {problem}" for problem in problems) if len(problems) > 1 else problems[0])
+        listing = "".join(f"\n- {problem}" for problem in problems)
+        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{listing}")
     return config
 
 
@@ -265,7 +266,7 @@ def _not_fitting(config: Config) -> list[str]:
         problems.append("--warmup-steps and --warmup-proportion say the same thing; pass one of them")
     if config.warmup_steps is not None and config.total_steps is not None and config.warmup_steps > config.total_steps:
         problems.append(f"--warmup-steps must not exceed --total-steps; {config.warmup_steps} is more than {config.total_steps}")
-    if config.min_lr > config.lr:
+    if config.min_lr > config.lr >= 0:
         problems.append(f"--min-lr must not exceed --lr; {config.min_lr} is more than {config.lr}")
     if config.dist_url is not None:
         try:

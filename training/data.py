@@ -91,7 +91,7 @@ def data_identity(config: Config, encoder: TextEncoder) -> dict[str, Any]:
     assert config.task_name is not None, "look_around requires it on rank 0"
     tasks = parse_task_list(config.task_name)
     return {
-        "--task-name": [f"{Path(task.path).name}:{round(task.weight, 12):g}" for task in tasks],
+        "--task-name": [f"{Path(task.path).name}:{task.weight:.12g}" for task in tasks],
         "contents of the task files": [content_fingerprint(task.path)[:16] for task in tasks],
         "--seed": config.seed,
         "--seq-length": config.seq_length,

@@ -5,6 +5,7 @@ One declaration, so that a flag cannot exist without help, type and default. Com
 the same parser: the file's entries are put before the command line's, which therefore win."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -64,8 +65,10 @@ def parse_flags(settings: type[Settings], argv: Sequence[str], description: str)
 def parse_known_flags(settings: type, argv: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """The values of a few flags, from a command line (or its --config file) that may be wrong elsewhere. Raises UserError."""
     parser = _parser(settings, "")
-    config_file = _config_file_in(argv)
-    from_file = _argv_of_yaml(config_file, settings) if config_file is not None else []
+    from_file: list[str] = []
+    with contextlib.suppress(UserError):  # the file may be what is wrong
+        config_file = _config_file_in(argv)
+        from_file = _argv_of_yaml(config_file, settings) if config_file is not None else []
     few = _Parser(add_help=False, allow_abbrev=False)
     for action in parser._actions:
         if action.dest in names:

@@ -7,6 +7,7 @@ doing."""
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import socket
@@ -139,8 +140,16 @@ def _form(config: Config, facts: LocalFacts, roster: list[dict[str, Any]], store
     ranks_here = sum(entry["host_id"] == own["host_id"] for entry in roster)
     num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
     torch.set_num_threads(num_threads)
+    text = (
+        f"the ranks have met, but {facts.place.in_words} did not get its connections to the others over {facts.interface.name} within "
+        f"{config.rendezvous_timeout:.0f} s (--rendezvous-timeout). Let any firewall between the hosts pass all ports of that interface"
+    )
+    too_late = threading.Timer(config.rendezvous_timeout, _end_process, [facts.place, spans, text, False])
+    too_late.daemon = True
+    too_late.start()
     join_process_group(facts.place, dist.PrefixStore("groups", store), facts.backend, COLLECTIVE_TIMEOUT)
     groups = make_groups(facts.place, facts.backend, COLLECTIVE_TIMEOUT)
+    too_late.cancel()
     return Job(
         **{name: getattr(facts, name) for name in LocalFacts.__dataclass_fields__},
         store=dist.PrefixStore("job", store),
@@ -197,7 +206,8 @@ def tell_others(config: Config, problem: UserError, within_s: float) -> None:
     assert config.world_size is not None, "checked above"
     log.error("error: %s", problem)
     problem.was_shown = True
-    timeout = timedelta(seconds=min(config.rendezvous_timeout, within_s))
+    asked_s = config.rendezvous_timeout
+    timeout = timedelta(seconds=min(asked_s, within_s) if math.isfinite(asked_s) and asked_s > 0 else within_s)
     with contextlib.suppress(UserError, OSError, dist.DistError):
         if config.rank != 0:
             _say_to_hub(config, problem, timeout)

@@ -13,6 +13,7 @@ from typing import Any
 
 from checkpoint.job_lock import JobLock
 from checkpoint.layer_store import remove_partials
+from checkpoint.tensor_file import explained_disk_errors
 from tasks.mixture import Mixture
 from training.config import Config
 from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture
@@ -63,7 +64,9 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
 
 
 def _settle(job: Job, config: Config, root: Path, cleanup: ExitStack) -> tuple[Start, ReadingDesk | None]:
-    if (root / "config.json").exists():
+    with explained_disk_errors(root):
+        holds_a_model = (root / "config.json").exists()
+    if holds_a_model:
         raise UserError(
             f"--checkpoint-path must be a folder of this job's own, and {root} holds a model (config.json). Give another folder"
         )
