@@ -24,7 +24,7 @@ from torch import Tensor
 
 from checkpoint.atomic_folder import PARTIAL_SUFFIX, atomic_folder
 from checkpoint.companions import copy_companions
-from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, checkpoint_problems, find_newest_step, verify_step, write_manifest
+from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, checkpoint_problems, write_manifest
 from checkpoint.model_folder import ModelFolder, check_model_folder
 from checkpoint.tensor_file import (
     FileRecord,
@@ -39,8 +39,6 @@ from checkpoint.weight_file import open_weight_file
 from modules.gptj import GPTJConfig
 from modules.stage import layer_key, layer_keys
 from user_error import UserError
-
-__all__ = ["StepWriter", "file_of_layer", "find_newest_step", "remove_partials", "verify_step", "write_model_folder"]
 
 VISIBLE_WITHIN_S = 10.0  # network filesystems show another host's files with a delay; a folder that is not shared never does
 INDEX = "model.safetensors.index.json"

@@ -40,14 +40,8 @@ class AdamW:
         self._optimizer.step()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """By parameter name: exp_avg and exp_avg_sq (shape of the parameter, fp32) and step (fp32 scalar). Zeros before the first
-        update.
-        """
-        states = {}
-        for name, parameter in self._named.items():
-            held = self._optimizer.state.get(parameter)
-            states[name] = dict(held) if held else self._fresh_state(parameter)
-        return states
+        """By parameter name: exp_avg and exp_avg_sq (shape of the parameter, fp32) and step (fp32 scalar); {} before the first update."""
+        return {name: dict(self._optimizer.state.get(parameter, {})) for name, parameter in self._named.items()}
 
     def load_state(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The reverse of state(); the tensors become the optimizer's own."""
@@ -59,11 +53,3 @@ class AdamW:
                 "exp_avg": state["exp_avg"].to(parameter.device),
                 "exp_avg_sq": state["exp_avg_sq"].to(parameter.device),
             }
-
-    @staticmethod
-    def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-        return {
-            "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }

@@ -142,7 +142,6 @@ def train(
     expect: int | None = 0,
     timeout_s: float = 90,
     before: Callable[[int], None] | None = None,
-    ranks: int | None = None,
     **flags: Any,
 ) -> list[Process]:
     """Train to the end in stages x replicas forked ranks; all must end with ``expect``. Returns the ended processes."""
@@ -157,7 +156,7 @@ def train(
         "device": "cpu",
         "rendezvous_timeout": 30,
     }
-    processes = launch(lambda rank: train_argv(**{**common, "rank": rank, **flags}), ranks or world_size, folder, before)
+    processes = launch(lambda rank: train_argv(**{**common, "rank": rank, **flags}), world_size, folder, before)
     try:
         for process in processes:
             status = process.wait(timeout_s)

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 import convert_from_hf_gptj
 import convert_to_hf_gptj
 from checkpoint.job_lock import JobLock
-from checkpoint.layer_store import verify_step
+from checkpoint.manifest import verify_step
 from checkpoint.model_folder import ModelFolder
 from modules.gptj import GPTJConfig
 from modules.stage import meta_stage

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.model_folder import resolve_model_folder
-from tasks.mixture import Mixture, TaskSpec, parse_task_list
+from tasks.mixture import Mixture, parse_task_list
 from tasks.prefetch import StepReader
 from tasks.readers import content_fingerprint
 from training.config import Config
@@ -43,13 +43,7 @@ def load_text_encoder(config: Config, model_folder: Path, num_rows: int) -> Text
         raise UserError(f"the folder {folder} must hold a tokenizer ({wanted}), and holds none. Name one with --tokenizer-name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # what transformers raises for an absent or broken tokenizer
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a broken one, in transformers' words
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the folder {folder} must hold a tokenizer that transformers can load ({reason}). Name one with --tokenizer-name"
@@ -65,23 +59,20 @@ def load_text_encoder(config: Config, model_folder: Path, num_rows: int) -> Text
             f"every document ends with EOS, and the tokenizer in {folder} has no eos_token. Add it to its tokenizer_config.json"
         )
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
+    if backend is None:  # a tokenizer written in Python
+        definition = repr(sorted(tokenizer.get_vocab().items()))
+    else:
         backend.no_truncation()
         backend.no_padding()
-        fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        return TextEncoder(
-            encode=lambda text: list(backend.encode(text, add_special_tokens=False).ids),
-            eos_token_id=tokenizer.eos_token_id,
-            fingerprint=fingerprint,
-            folder=folder,
-        )
-    fingerprint = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    return TextEncoder(
-        encode=lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
-        eos_token_id=tokenizer.eos_token_id,
-        fingerprint=fingerprint,
-        folder=folder,
-    )
+        definition = backend.to_str()
+
+    def encode(text: str) -> list[int]:
+        if backend is None:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    fingerprint = hashlib.sha256(definition.encode()).hexdigest()
+    return TextEncoder(encode=encode, eos_token_id=tokenizer.eos_token_id, fingerprint=fingerprint, folder=folder)
 
 
 def data_identity(config: Config, encoder: TextEncoder) -> dict[str, Any]:
@@ -111,9 +102,8 @@ def sequences_per_step(config: Config) -> int:
 def open_mixture(config: Config, encoder: TextEncoder, state: dict[str, Any] | None) -> Mixture:
     """The mixture of --task-name, at ``state`` or at its beginning. Raises UserError for bad lists, files and records."""
     assert config.task_name is not None, "look_around requires it on rank 0"
-    tasks: tuple[TaskSpec, ...] = parse_task_list(config.task_name)
     return Mixture(
-        tasks=tasks,
+        tasks=parse_task_list(config.task_name),
         tokenize=encoder.encode,
         eos_token_id=encoder.eos_token_id,
         seq_length=config.seq_length,

@@ -52,14 +52,15 @@ class TokenFeed:
         """shape: (A, N, T). num_steps: optimizer steps still to come. reader: on rank 0."""
         assert (reader is not None) == (place.rank == 0), "rank 0, and only it, reads"
         self._place, self._group, self._reader, self._shape = place, group, reader, shape
-        self._steps_to_send = num_steps
+        self._steps_left = num_steps
         self._wire_device = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
         self._num_ints = HEADER_INTS + shape[0] * shape[1] * 2 * shape[2]
         self._coming: Callable[[], StepFeed] | None = None
         self.error: UserError | None = None  # on rank 0: why the data ended
 
     def start(self) -> None:
-        """Send the first step on its way."""
+        """Set the next step on its way: sent by rank 0, awaited by the others. Called once; next() does so from then on."""
+        self._steps_left -= 1
         self._coming = self._send() if self._reader is not None else self._receive()
 
     def next(self) -> StepFeed | None:
@@ -71,13 +72,12 @@ class TokenFeed:
         if due.num_targets == 0:
             self._coming = None
             return None
-        if self._steps_to_send > 0:
+        if self._steps_left > 0:
             self.start()
         return due
 
     def _send(self) -> Callable[[], StepFeed]:
         assert self._reader is not None, "only rank 0 sends"
-        self._steps_to_send -= 1
         a, n, t = self._shape
         try:
             step = self._reader.next()
@@ -111,7 +111,6 @@ class TokenFeed:
         return wait_until_sent
 
     def _receive(self) -> Callable[[], StepFeed]:
-        self._steps_to_send -= 1
         message = torch.empty(self._num_ints, dtype=torch.int32, device=self._wire_device)
         with naming_the_peer("asking rank 0 for tokens"):
             work = dist.irecv(message, src=0, group=self._group)

@@ -55,9 +55,7 @@ def parse_flags(settings: type[Settings], argv: Sequence[str], description: str)
     not understand.
     """
     parser = _parser(settings, description)
-    config_file = _config_file_in(argv)
-    from_file = _argv_of_yaml(config_file, settings) if config_file is not None else []
-    given = vars(parser.parse_args([*from_file, *argv]))
+    given = vars(parser.parse_args([*_argv_of_config_file(argv, settings), *argv]))
     del given["config"]
     return settings(**given)
 
@@ -67,8 +65,7 @@ def parse_known_flags(settings: type, argv: Sequence[str], names: Sequence[str])
     parser = _parser(settings, "")
     from_file: list[str] = []
     with contextlib.suppress(UserError):  # the file may be what is wrong
-        config_file = _config_file_in(argv)
-        from_file = _argv_of_yaml(config_file, settings) if config_file is not None else []
+        from_file = _argv_of_config_file(argv, settings)
     few = _Parser(add_help=False, allow_abbrev=False)
     for action in parser._actions:
         if action.dest in names:
@@ -106,14 +103,13 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
 
 
-def _config_file_in(argv: Sequence[str]) -> Path | None:
+def _argv_of_config_file(argv: Sequence[str], settings: type) -> list[str]:
+    """The entries of the file that --config names, as a command line; [] without one. Raises UserError."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    found: Path | None = parser.parse_known_args(list(argv))[0].config
-    return found
-
-
-def _argv_of_yaml(path: Path, settings: type) -> list[str]:
+    path: Path | None = parser.parse_known_args(list(argv))[0].config
+    if path is None:
+        return []
     try:
         entries = yaml.safe_load(path.read_text())
     except OSError as error:

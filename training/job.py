@@ -147,9 +147,11 @@ def _form(config: Config, facts: LocalFacts, roster: list[dict[str, Any]], store
     too_late = threading.Timer(config.rendezvous_timeout, _end_process, [facts.place, spans, text, False])
     too_late.daemon = True
     too_late.start()
-    join_process_group(facts.place, dist.PrefixStore("groups", store), facts.backend, COLLECTIVE_TIMEOUT)
-    groups = make_groups(facts.place, facts.backend, COLLECTIVE_TIMEOUT)
-    too_late.cancel()
+    try:
+        join_process_group(facts.place, dist.PrefixStore("groups", store), facts.backend, COLLECTIVE_TIMEOUT)
+        groups = make_groups(facts.place, facts.backend, COLLECTIVE_TIMEOUT)
+    finally:
+        too_late.cancel()
     return Job(
         **{name: getattr(facts, name) for name in LocalFacts.__dataclass_fields__},
         store=dist.PrefixStore("job", store),
@@ -170,7 +172,7 @@ def _hello(config: Config, facts: LocalFacts | None, problem: str | None) -> Hel
             "transport": facts.backend,
             "model (configuration and tensor shapes)": facts.model.digest(),
             "torch version": torch.__version__.split("+")[0],
-            "python version": platform.python_version_tuple()[:2],
+            "python version": ".".join(platform.python_version_tuple()[:2]),
         }
     return Hello(
         rank=config.rank,
@@ -180,7 +182,7 @@ def _hello(config: Config, facts: LocalFacts | None, problem: str | None) -> Hel
         pid=os.getpid(),
         address=facts.interface.address if facts is not None else "",
         is_loopback=facts is not None and facts.interface.is_loopback,
-        plan={name: list(value) if isinstance(value, tuple) else value for name, value in plan.items()},
+        plan=plan,
         problem=problem,
     )
 

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,13 @@ from checkpoint.train_state import load_train_state, pack_train_state, read_trai
 from modules.gptj import GPTJConfig
 from modules.stage import Stage
 from optim.build import AdamW
-from training.job import Job
+from training.job import COLLECTIVE_TIMEOUT, Job
 from user_error import UserError
 
 log = logging.getLogger("trainer")
 
 LOCK_VISIBLE_WITHIN_S = 5.0  # network filesystems show another host's file with a delay
 SUM_CHUNK_ELEMENTS = 2**22
-SAVE_TIMEOUT = timedelta(hours=6)  # a dead peer ends the wait at once (comms/hub.py); this is for one that hangs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +120,7 @@ def check_replicas_alike(job: Job, stage: Stage) -> None:
     if job.place.dp == 0:
         return
     key = f"weights/{job.place.pp}/0"
-    job.store.wait([key], SAVE_TIMEOUT)
+    job.store.wait([key], COLLECTIVE_TIMEOUT)
     first = json.loads(job.store.get(key))
     differing = [name for name in sums if sums[name] != first[name]]
     if differing:
@@ -168,7 +166,7 @@ def _write_and_commit(
     if job.place.rank == 0:
         writer.begin()
         job.store.set(f"{prefix}/begun", "1")
-    job.store.wait([f"{prefix}/begun"], SAVE_TIMEOUT)
+    job.store.wait([f"{prefix}/begun"], COLLECTIVE_TIMEOUT)
     records: list[FileRecord] = []
     weight_map: dict[str, str] = {}
     states = optimizer.state()
@@ -183,7 +181,7 @@ def _write_and_commit(
     if job.place.rank != 0:
         return
     keys = [f"{prefix}/stage{pp}" for pp in range(job.place.pp_size)]
-    job.store.wait(keys, SAVE_TIMEOUT)
+    job.store.wait(keys, COLLECTIVE_TIMEOUT)
     of_stages = [json.loads(job.store.get(key)) for key in keys]
     writer.commit(
         [FileRecord(**record) for message in of_stages for record in message["records"]],

@@ -17,8 +17,8 @@ from checkpoint.tensor_file import explained_disk_errors
 from tasks.mixture import Mixture
 from training.config import Config
 from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture
-from training.job import Job
-from training.saving import SAVE_TIMEOUT, ResumePoint, check_same_data, check_sees_lock, find_resume_point
+from training.job import COLLECTIVE_TIMEOUT, Job
+from training.saving import ResumePoint, check_same_data, check_sees_lock, find_resume_point
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -56,7 +56,7 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
         start, desk = _settle(job, config, root, cleanup)
         job.store.set("start", json.dumps(asdict(start)))
     else:
-        job.store.wait(["start"], SAVE_TIMEOUT)
+        job.store.wait(["start"], COLLECTIVE_TIMEOUT)
         start = Start(**json.loads(job.store.get("start")))
     check_sees_lock(root, start.lock_token)
     job.wait_for_all()  # rank 0 of a finished run would otherwise give the lock back before the others have looked
