@@ -7,6 +7,7 @@ reduction."""
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from comms.place import Place
@@ -48,6 +49,8 @@ def make_groups(place: Place, backend: str, timeout: timedelta) -> Groups:
         for pp in range(place.pp_size - 1):
             first = dp * place.pp_size + pp
             pair = PairGroups(activations=new_group([first, first + 1]), gradients=new_group([first, first + 1]))
+            if backend == "nccl" and place.rank in (first, first + 1):
+                _open_on_nccl(pair, first, place.rank)
             if place.rank == first:
                 to_next = pair
             if place.rank == first + 1:
@@ -60,3 +63,14 @@ def make_groups(place: Place, backend: str, timeout: timedelta) -> Groups:
             if place.pp == pp:
                 replicas = made
     return Groups(to_previous=to_previous, to_next=to_next, replicas=replicas, tokens=new_group(list(range(place.world_size))))
+
+
+def _open_on_nccl(pair: PairGroups, first: int, rank: int) -> None:
+    """One element each way. nccl connects on the first message and blocks for it; later, each neighbour would begin with another
+    direction, and both would wait for ever."""
+    element = torch.zeros(1, device="cuda")
+    for group, sender in ((pair.activations, first), (pair.gradients, first + 1)):
+        if rank == sender:
+            dist.send(element, dst=2 * first + 1 - rank, group=group)
+        else:
+            dist.recv(element, src=2 * first + 1 - rank, group=group)

@@ -4,23 +4,37 @@ Why not plain send/recv: gloo is a rendezvous protocol, so a receive that is pos
 for every micro-batch; one that was posted before exposes nothing. A link therefore posts receives ``depth`` ahead into reused
 wire buffers and waits for its sends only at the end of the step.
 
-Promises: messages arrive in the order of their index; ``take`` returns storage of its own (64-byte aligned, as bit-equality needs); a lost
-neighbour raises PeerLost that names it. Left to others: what is sent, and when (pipeline_parallel/).
+Promises: messages arrive in the order of their index, each as one flat message in the codec of its direction; ``take`` returns storage of
+its own (64-byte aligned, as bit-equality needs); a lost neighbour raises PeerLost that names it. Left to others: what is sent, and when
+(pipeline_parallel/).
 
-``Link`` is the interface; process groups are its first implementation and stay inside it.
+``Link`` is the interface; torch.distributed is its first implementation and stays inside comms/transport.py.
 """
 
 import re
 from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from comms.codecs import Codec, relative_error_sums
+from comms.transport import Pending, Transport
 
 
 class PeerLost(ConnectionError):
     """A neighbour does not answer any more. The text names it and what was awaited from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireStats:
+    """What a link has sent. difference_square, square: sums over the sampled messages of (sent - meant)^2 and meant^2, float64; their
+    ratio's square root is the relative error. Both are 0 where the codec changes nothing."""
+
+    num_bytes: int = 0
+    difference_square: float = 0.0
+    square: float = 0.0
 
 
 class Link(Protocol):
@@ -28,6 +42,9 @@ class Link(Protocol):
 
     def post(self, num_messages: int) -> None:
         """Announce the step: ``num_messages`` will be taken. Called by both neighbours before the first message of a step."""
+
+    def is_here(self, i: int) -> bool:
+        """Whether take(i), the next one, would return at once."""
 
     def take(self, i: int) -> Tensor:
         """Message i from the neighbour, in storage of its own. Blocks until it is there."""
@@ -38,37 +55,25 @@ class Link(Protocol):
     def flush(self) -> None:
         """Wait until everything put so far has left. Called once at the end of a step."""
 
+    def pop_stats(self) -> WireStats:
+        """What was sent since the last call."""
+
     def close(self) -> None:
-        """Forget everything pending."""
+        """Nothing is exchanged any more."""
 
 
 class ProcessGroupLink:
-    """A link over torch.distributed point-to-point, one process group per direction.
+    """A link over a transport, one codec per direction. depth: receives that are posted ahead."""
 
-    shape, dtype: of every message in both directions. CUDA tensors over gloo are staged through pinned host memory.
-    """
-
-    def __init__(
-        self,
-        *,
-        send_group: dist.ProcessGroup,
-        recv_group: dist.ProcessGroup,
-        peer: int,
-        peer_in_words: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        depth: int,
-    ) -> None:
+    def __init__(self, *, transport: Transport, send_codec: Codec, recv_codec: Codec, peer_in_words: str, depth: int) -> None:
         assert depth >= 1, "at least one receive must be posted"
-        self._send_group, self._recv_group, self._peer, self._peer_in_words = send_group, recv_group, peer, peer_in_words
-        self._device = device
-        self._staged = device.type == "cuda" and dist.get_backend(recv_group) == "gloo"
-        buffer_device = torch.device("cpu") if self._staged else device
-        self._buffers = [torch.empty(shape, dtype=dtype, device=buffer_device, pin_memory=self._staged) for _ in range(depth)]
-        self._receives: deque[tuple[int, dist.Work]] = deque()
-        self._sends: list[tuple[int, dist.Work, Tensor]] = []  # the tensor stays referenced until its Work was waited for
+        self._transport, self._send_codec, self._recv_codec = transport, send_codec, recv_codec
+        self._peer_in_words = peer_in_words
+        self._buffers = [transport.buffer(recv_codec.num_bytes) for _ in range(depth)]
+        self._receives: deque[tuple[int, Pending]] = deque()
+        self._sends: deque[tuple[int, Pending]] = deque()
         self._num_messages = self._next_post = 0
+        self._stats = WireStats()
 
     def post(self, num_messages: int) -> None:
         assert not self._receives, "the messages of the step before were not all taken"
@@ -78,42 +83,70 @@ class ProcessGroupLink:
 
     def _post_next(self) -> None:
         i = self._next_post
-        buffer = self._buffers[i % len(self._buffers)]
         with self._naming_the_peer(f"posting the receive of micro-batch {i} from"):
-            work = dist.irecv(buffer, src=self._peer, group=self._recv_group, tag=i)
-        assert work is not None, "both neighbours are members of the link's group"
-        self._receives.append((i, work))
+            self._receives.append((i, self._transport.receive(self._buffer(i), i)))
         self._next_post += 1
 
+    def _buffer(self, i: int) -> Tensor:
+        return self._buffers[i % len(self._buffers)]
+
+    def is_here(self, i: int) -> bool:
+        expected, pending = self._receives[0]
+        assert expected == i, f"messages are taken in order: next is {expected}, not {i}"
+        return pending.done()
+
     def take(self, i: int) -> Tensor:
-        expected, work = self._receives.popleft()
+        expected, pending = self._receives.popleft()
         assert expected == i, f"messages are taken in order: next is {expected}, not {i}"
         with self._naming_the_peer(f"waiting for micro-batch {i} from"):
-            work.wait()
-        buffer = self._buffers[i % len(self._buffers)]
-        message = buffer.to(self._device) if self._staged else buffer.clone()
+            pending.result()
+        encoded, wait_until_read = self._transport.on_device(self._buffer(i))
+        message = self._recv_codec.decode(encoded)
+        wait_until_read()
         if self._next_post < self._num_messages:
             self._post_next()
         return message
 
     def put(self, i: int, message: Tensor) -> None:
         message = message.detach().contiguous()
-        if self._staged:
-            message = message.cpu()
+        if self._send_codec.is_lossless:
+            encoded = message.view(-1).view(torch.uint8)  # sent from where it lies
+        else:
+            encoded = torch.empty(self._send_codec.num_bytes, dtype=torch.uint8, device=message.device)
+            self._send_codec.encode(message, encoded)
+        self._count(i, message, encoded)
+        while self._sends and self._sends[0][1].done():
+            self._finish_send()
         with self._naming_the_peer(f"sending micro-batch {i} to"):
-            work = dist.isend(message, dst=self._peer, group=self._send_group, tag=i)
-        assert work is not None, "both neighbours are members of the link's group"
-        self._sends.append((i, work, message))
+            self._sends.append((i, self._transport.send(encoded, i)))
 
     def flush(self) -> None:
-        for i, work, _ in self._sends:
-            with self._naming_the_peer(f"sending micro-batch {i} to"):
-                work.wait()
-        self._sends.clear()
+        while self._sends:
+            self._finish_send()
+
+    def _finish_send(self) -> None:
+        i, pending = self._sends.popleft()
+        with self._naming_the_peer(f"sending micro-batch {i} to"):
+            pending.result()
+
+    def pop_stats(self) -> WireStats:
+        stats, self._stats = self._stats, WireStats()
+        return stats
+
+    def _count(self, i: int, message: Tensor, encoded: Tensor) -> None:
+        difference_square = square = 0.0
+        if i == 0 and not self._send_codec.is_lossless:  # one message of a step tells; decoding all of them would cost time
+            difference_square, square = relative_error_sums(message, self._send_codec.decode(encoded))
+        self._stats = WireStats(
+            num_bytes=self._stats.num_bytes + encoded.numel(),
+            difference_square=self._stats.difference_square + difference_square,
+            square=self._stats.square + square,
+        )
 
     def close(self) -> None:
         self._receives.clear()
         self._sends.clear()
+        self._transport.close()
 
     def _naming_the_peer(self, doing: str) -> "naming_the_peer":
         return naming_the_peer(f"{doing} {self._peer_in_words}")

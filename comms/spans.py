@@ -1,32 +1,71 @@
 """What a rank is doing, and when: spans of time that name their work.
 
-Always on in its cheap form (one attribute, so that a message about a lost peer can say what this rank was doing); recording every span is
-asked for by tests and, later, by profiling.
-"""
+Always on in its cheap form (one attribute, so that a message about a lost peer can say what this rank was doing). Recording every
+span is asked for by tests and by --profiling tidy_profiling (training/tracing.py)."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
+
+# What a span's time is spent on. Names serve failure messages ("step 12, forward of micro-batch 3"); traces are read by category.
+CATEGORIES = {
+    "receiving activations": "recv",
+    "receiving gradients": "recv",
+    "forward": "forward",
+    "loss": "backward",  # head and loss run with the last stage's backward
+    "backward": "backward",
+    "weight gradient": "weight-grad",
+    "sending activations": "send",
+    "sending gradients": "send",
+    "waiting for sends": "send",
+    "allreduce": "allreduce",
+    "allreduce launched": "allreduce",
+    "agreeing on the step": "allreduce",
+    "update": "optimizer",
+    "waiting for data": "data-wait",
+}
+OTHER = "other"  # the category of every other name: checkpoints, barriers
 
 
 class Span(NamedTuple):
-    """One piece of work; start and end in seconds of time.perf_counter of this process."""
+    """One piece of work; start and end in seconds of the clock of its Spans; step None: outside of steps."""
 
     name: str
     micro_batch: int | None
     start: float
     end: float
+    step: int | None = None
 
 
 class Spans:
-    """The current work of this rank and, if asked for, the record of all of it."""
+    """The current work of this rank and, if asked for, the record of all of it. Spans are opened by one thread; any may read in_words.
 
-    def __init__(self, *, record: bool = False) -> None:
+    clock: seconds; another one than time.perf_counter is for tests.
+    """
+
+    def __init__(self, *, record: bool = False, clock: Callable[[], float] = time.perf_counter) -> None:
         self.recorded: list[Span] = []
+        self.clock = clock
         self._record = record
+        self._synchronize: Callable[[], None] | None = None
         self._step: int | None = None
         self._current: tuple[str, int | None] = ("starting", None)
+
+    def start_recording(self, synchronize: Callable[[], None] | None = None) -> None:
+        """Record every span that is opened from now on.
+
+        synchronize: called before the end of a span is taken, so that on CUDA it shows when the device was done, not when the last
+        kernel was launched. It must wait for the compute stream alone: a whole device also runs receives posted ahead, which end
+        only when the neighbour sends.
+        """
+        self._record, self._synchronize = True, synchronize
+        self.recorded.clear()
+
+    def stop_recording(self) -> list[Span]:
+        """Back to the cheap form; returns what was recorded, which is kept no longer."""
+        taken, self.recorded = self.recorded, []
+        self._record, self._synchronize = False, None
+        return taken
 
     def enter_phase(self, name: str) -> None:
         """Name what is done outside of steps, until the next call."""
@@ -36,21 +75,15 @@ class Spans:
         """All spans until the next call belong to ``step``."""
         self._step, self._current = step, ("the work between steps", None)
 
-    @contextmanager
-    def span(self, name: str, micro_batch: int | None = None) -> Iterator[None]:
-        """Name the work done inside the block."""
-        before, self._current = self._current, (name, micro_batch)
-        start = time.perf_counter()
-        yield
-        if self._record:
-            self.recorded.append(Span(name, micro_batch, start, time.perf_counter()))
-        self._current = before  # left as it is when the block raises: a message then says where it happened
+    def span(self, name: str, micro_batch: int | None = None) -> "_OpenSpan":
+        """Name the work done inside the block: ``with spans.span("forward", i):``. Spans may nest."""
+        return _OpenSpan(self, (name, micro_batch))
 
     def mark(self, name: str) -> None:
         """Record an instant."""
         if self._record:
-            now = time.perf_counter()
-            self.recorded.append(Span(name, None, now, now))
+            now = self.clock()
+            self.recorded.append(Span(name, None, now, now, self._step))
 
     @property
     def in_words(self) -> str:
@@ -58,3 +91,27 @@ class Spans:
         name, micro_batch = self._current
         where = name if micro_batch is None else f"{name} of micro-batch {micro_batch}"
         return where if self._step is None else f"step {self._step}, {where}"
+
+
+class _OpenSpan:
+    """The block of a span; a class, because entering a generator costs several times as much."""
+
+    __slots__ = ("_before", "_spans", "_start", "_work")
+
+    def __init__(self, spans: Spans, work: tuple[str, int | None]) -> None:
+        self._spans, self._work = spans, work
+
+    def __enter__(self) -> None:
+        spans = self._spans
+        self._before, spans._current = spans._current, self._work
+        self._start = spans.clock() if spans._record else None
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            return  # the current work is left as it is: a message then says where it happened
+        spans = self._spans
+        if self._start is not None and spans._record:
+            if spans._synchronize is not None:
+                spans._synchronize()
+            spans.recorded.append(Span(*self._work, self._start, spans.clock(), spans._step))
+        spans._current = self._before

@@ -10,7 +10,7 @@ Promises: after finish() every replica's ``.grad`` is the sum over replicas, the
 there all the same (norm and clipping read them) and nothing is sent.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.distributed as dist
@@ -48,8 +48,10 @@ class GradientBuckets:
         *,
         groups: tuple[dist.ProcessGroup, ...],
         spans: Spans,
+        added_elsewhere: Collection[nn.Parameter] = (),
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
+        """added_elsewhere: parameters whose gradients do not come from autograd; whoever adds them calls complete()."""
         self._groups, self._spans = groups, spans
         self._by_layer: dict[str, list[_Bucket]] = {}
         for key, parameters in layers:
@@ -59,18 +61,21 @@ class GradientBuckets:
         self._next_launch = 0
         self._pending: list[dist.Work] = []
         self._armed = False
+        self._bucket_of: dict[Tensor, _Bucket] = {parameter: bucket for bucket in self._launch_order for parameter in bucket.parameters}
         if groups:
-            for bucket in self._launch_order:
-                for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._hook_of(bucket))
+            for parameter in self._bucket_of.keys() - set(added_elsewhere):
+                parameter.register_post_accumulate_grad_hook(self._added_by_backward)
 
-    def _hook_of(self, bucket: _Bucket) -> Callable[[Tensor], None]:
-        def gradient_added(_: Tensor) -> None:
-            if self._armed:
-                bucket.num_missing -= 1
-                self._launch_complete()
+    def _added_by_backward(self, parameter: Tensor) -> None:
+        if self._armed:
+            self.complete(parameter)
 
-        return gradient_added
+    def complete(self, parameter: Tensor) -> None:
+        """The gradient of ``parameter`` is final. Called by autograd's hook in the armed backward, and by whoever adds gradients
+        elsewhere, once per step and parameter."""
+        if self._groups:
+            self._bucket_of[parameter].num_missing -= 1
+            self._launch_complete()
 
     def arm(self) -> None:
         """The next backward is the last of the step: a bucket whose gradients have all been added is final and may be sent."""
@@ -93,7 +98,7 @@ class GradientBuckets:
         self._armed = False
         if not self._groups:
             return
-        assert self._next_launch == len(self._launch_order), "every parameter gets a gradient in the last backward"
+        assert self._next_launch == len(self._launch_order), "every parameter got its last gradient"
         with self._spans.span("allreduce"), naming_the_peer("summing gradients with another replica of this stage"):
             for work in self._pending:
                 work.wait()

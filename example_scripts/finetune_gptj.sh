@@ -75,7 +75,7 @@ flags=(
     --model-name "$MODEL" --tokenizer-name "$TOKENIZER" --model-type gptj --load-pretrained-model true
     --task-name "$TASKS" --checkpoint-path "$OUT" --checkpoint-steps "$CHECKPOINT_STEPS"
     --dist-url "tcp://$RANK0_HOST:$PORT" --world-size "$world_size" --pipeline-group-size "$PIPELINE" --data-group-size "$REPLICAS"
-    --device "$DEVICE" --dp-mode allreduce --pp-mode gpipe --optimizer adam
+    --device "$DEVICE" --dp-mode allreduce --optimizer adam
     --seq-length "$SEQ_LENGTH" --batch-size "$BATCH" --micro-batch-size "$MICRO_BATCH" --gradient-accumulate-step "$ACCUMULATE"
     --total-steps "$TOTAL_STEPS" --warmup-steps "$WARMUP_STEPS" --lr "$LR" --seed "$SEED"
     --logging-steps "$LOGGING_STEPS" --train-log-backend "$LOG_BACKEND"

@@ -14,6 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.linear import Linear
 from modules.lm_ops import Segments, packed_causal_attention, rotate_interleaved
 from user_error import UserError
 
@@ -94,10 +95,10 @@ class GPTJAttention(nn.Module):
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
         self.num_heads, self.head_width = config.num_heads, config.head_width
-        self.q_proj = nn.Linear(config.width, config.width, bias=False)
-        self.k_proj = nn.Linear(config.width, config.width, bias=False)
-        self.v_proj = nn.Linear(config.width, config.width, bias=False)
-        self.out_proj = nn.Linear(config.width, config.width, bias=False)
+        self.q_proj = Linear(config.width, config.width, bias=False)
+        self.k_proj = Linear(config.width, config.width, bias=False)
+        self.v_proj = Linear(config.width, config.width, bias=False)
+        self.out_proj = Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, segments: Segments, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, T, C); rotary = cos, sin, each (B, T, 1, rotary_dim/2). Returns (B, T, C)."""
@@ -115,8 +116,8 @@ class GPTJMLP(nn.Module):
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
-        self.fc_in = nn.Linear(config.width, config.inner_width)
-        self.fc_out = nn.Linear(config.inner_width, config.width)
+        self.fc_in = Linear(config.width, config.inner_width)
+        self.fc_out = Linear(config.inner_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C). Returns (B, T, C)."""

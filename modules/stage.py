@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modules.gptj import GPTJBlock, GPTJConfig, initial_std
 from modules.lm_ops import Segments, chunked_cross_entropy, rotary_tables
@@ -61,6 +62,7 @@ class Stage(nn.Module):
         if self.has_head:
             self.lm_head = nn.Linear(config.width, config.vocab_size)
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self.recomputes = False  # True: only the inputs of layers are kept for the backward, which computes each layer's forward again
 
     @property
     def has_embeddings(self) -> bool:
@@ -76,7 +78,10 @@ class Stage(nn.Module):
             x = self.transformer.wte(x)  # (B, T, C)
         rotary = self._rotary_at(segments.positions.to(x.device))
         for block in self.transformer.h.children():
-            x = block(x, segments, rotary)  # (B, T, C)
+            if self.recomputes:  # Chen et al. 2016, arXiv:1604.06174; no layer draws random numbers, so there is no state to keep
+                x = checkpoint(block, x, segments, rotary, use_reentrant=False, preserve_rng_state=False)  # (B, T, C)
+            else:
+                x = block(x, segments, rotary)  # (B, T, C)
         return x
 
     def loss_sum(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:

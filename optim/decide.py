@@ -5,7 +5,7 @@ per replica for its loss (filled by its last stage). Adding zeros is exact, and 
 order, so the clip factor has the same bits for any cut of the model."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,13 @@ CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 @dataclass(frozen=True, kw_only=True)
 class StepDecision:
-    """Equal to the last bit on all ranks. loss: mean over the target tokens of the global batch, before the update."""
+    """Equal to the last bit on all ranks. loss: mean over the target tokens of the global batch, before the update. sums: what the
+    ranks gave to be added up."""
 
     loss: float
     grad_norm: float
     clip_factor: float
+    sums: tuple[float, ...]
 
     @property
     def skip(self) -> bool:
@@ -40,11 +42,21 @@ def layer_square(flat_gradients: Iterable[Tensor]) -> float:
 
 
 def decide_step(
-    *, place: Place, layers: list[str], squares: Mapping[str, float], loss: float, clip_grad_norm: float, device: torch.device
+    *,
+    place: Place,
+    layers: list[str],
+    squares: Mapping[str, float],
+    loss: float,
+    clip_grad_norm: float,
+    device: torch.device,
+    sums: Sequence[float] = (),
 ) -> StepDecision:
     """Collective over all ranks. ``layers``: all layer keys of the model in order; ``squares``: of this rank's layers, after the
-    sum over replicas; ``loss``: this replica's share on its last stage, else 0. clip_grad_norm 0 does not clip."""
-    votes = torch.zeros(len(layers) + place.dp_size, dtype=torch.float64)
+    sum over replicas; ``loss``: this replica's share on its last stage, else 0. clip_grad_norm 0 does not clip.
+    ``sums``: further numbers to add over all ranks, for reports; as many on every rank."""
+    num_votes = len(layers) + place.dp_size
+    votes = torch.zeros(num_votes + len(sums), dtype=torch.float64)
+    votes[num_votes:] = torch.tensor(sums, dtype=torch.float64)
     if place.dp == 0:
         for index, key in enumerate(layers):
             votes[index] = squares.get(key, 0.0)
@@ -58,4 +70,5 @@ def decide_step(
     clip_factor = 1.0
     if clip_grad_norm > 0:
         clip_factor = min(1.0, clip_grad_norm / (grad_norm + CLIP_EPS))
-    return StepDecision(loss=sum(entries[len(layers) :]), grad_norm=grad_norm, clip_factor=clip_factor)
+    loss_of_all = sum(entries[len(layers) : num_votes])
+    return StepDecision(loss=loss_of_all, grad_norm=grad_norm, clip_factor=clip_factor, sums=tuple(entries[num_votes:]))

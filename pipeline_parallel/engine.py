@@ -15,6 +15,7 @@ from torch import Tensor
 
 from comms.links import Link
 from comms.spans import Spans
+from modules.linear import WeightGradients
 from modules.lm_ops import Segments, next_token_targets
 from modules.stage import Stage
 from pipeline_parallel.schedule import Action
@@ -28,12 +29,15 @@ class MicroBatch(NamedTuple):
 
 
 class PipelineEngine:
-    """One stage of one pipeline and its links."""
+    """One stage of one pipeline and its links. weight_gradients: where the stage's linears leave theirs, needed for orders with W."""
 
-    def __init__(self, *, stage: Stage, previous: Link | None, following: Link | None, spans: Spans) -> None:
+    def __init__(
+        self, *, stage: Stage, previous: Link | None, following: Link | None, spans: Spans, weight_gradients: WeightGradients | None = None
+    ) -> None:
         assert stage.has_embeddings == (previous is None), "the first stage, and only it, has the embeddings"
         assert stage.has_head == (following is None), "the last stage, and only it, has the head"
         self._stage, self._previous, self._following, self._spans = stage, previous, following, spans
+        self._weight_gradients = weight_gradients
         self._in_flight: dict[int, tuple[Tensor, Tensor]] = {}  # micro-batch -> input, output of this stage
 
     def run(
@@ -44,7 +48,7 @@ class PipelineEngine:
         scale: float,
         before_last_backward: Callable[[], None] | None = None,
     ) -> Tensor:
-        """One accumulation step: all forwards and backwards of ``micro_batches``, on all stages of the pipeline at once.
+        """One optimizer step: all forwards and backwards of ``micro_batches``, on all stages of the pipeline at once.
 
         Returns on the last stage the SUM of ``scale`` * loss over the step's targets (float64 scalar), elsewhere 0.
         ``before_last_backward`` is called right before the backward after which no gradient of this step changes any more. Raises
@@ -53,14 +57,16 @@ class PipelineEngine:
         for link in (self._previous, self._following):
             if link is not None:
                 link.post(len(micro_batches))
-        last_backward = max(index for index, action in enumerate(actions) if action.kind == "B")
-        for index, (kind, i) in enumerate(actions):
+        for kind, i in actions:
             if kind == "F":
                 self._forward(i, micro_batches[i])
+            elif kind == "W":
+                self._add_weight_gradients(i)
             else:
-                if index == last_backward and before_last_backward is not None:
+                is_last = i == len(micro_batches) - 1  # backwards run in micro-batch order
+                if is_last and before_last_backward is not None:
                     before_last_backward()
-                loss += self._backward(i, micro_batches[i], scale)
+                loss += self._backward(i, micro_batches[i], scale, is_last)
         with self._spans.span("waiting for sends"):
             for link in (self._previous, self._following):
                 if link is not None:
@@ -70,8 +76,7 @@ class PipelineEngine:
     def _forward(self, i: int, micro_batch: MicroBatch) -> None:
         x = micro_batch.token_ids  # (B, T)
         if self._previous is not None:
-            with self._spans.span("receiving activations", i):
-                x = self._previous.take(i).requires_grad_()  # (B, T, C)
+            x = self._take(self._previous, i, "receiving activations").requires_grad_()  # (B, T, C)
         with self._spans.span("forward", i):
             y = self._stage(x, micro_batch.segments)  # (B, T, C)
         if self._following is not None:
@@ -79,9 +84,11 @@ class PipelineEngine:
                 self._following.put(i, y)
         self._in_flight[i] = (x, y)
 
-    def _backward(self, i: int, micro_batch: MicroBatch, scale: float) -> Tensor | float:
+    def _backward(self, i: int, micro_batch: MicroBatch, scale: float, is_last: bool) -> Tensor | float:
         """The head and the loss run here, not in the forward: their logits and gradients then never wait for their turn."""
         x, y = self._in_flight.pop(i)
+        if self._weight_gradients is not None:
+            self._weight_gradients.micro_batch, self._weight_gradients.is_final = i, is_last
         loss: Tensor | float = 0.0
         if self._following is None:
             with self._spans.span("loss", i):
@@ -91,8 +98,7 @@ class PipelineEngine:
                 loss.backward()
             loss = loss.detach()
         else:
-            with self._spans.span("receiving gradients", i):
-                grad = self._following.take(i)  # (B, T, C)
+            grad = self._take(self._following, i, "receiving gradients")  # (B, T, C)
             with self._spans.span("backward", i):
                 y.backward(grad)
         if self._previous is not None:
@@ -100,3 +106,21 @@ class PipelineEngine:
             with self._spans.span("sending gradients", i):
                 self._previous.put(i, x.grad)
         return loss
+
+    def _take(self, link: Link, i: int, doing: str) -> Tensor:
+        """Message i of ``link``; weight gradients that were left over fill the time until it is here."""
+        left_over = self._weight_gradients
+        if left_over is not None and left_over.next_micro_batch is not None and not link.is_here(i):
+            with self._spans.span("weight gradient", left_over.next_micro_batch):
+                while left_over.next_micro_batch is not None and not link.is_here(i):
+                    left_over.add_next()
+        with self._spans.span(doing, i):
+            return link.take(i)
+
+    def _add_weight_gradients(self, i: int) -> None:
+        """All that micro-batch i, and those before it, have left over and no gap has taken."""
+        left_over = self._weight_gradients
+        assert left_over is not None, "an order with W needs somewhere to leave weight gradients"
+        with self._spans.span("weight gradient", i):
+            while left_over.next_micro_batch is not None and left_over.next_micro_batch <= i:
+                left_over.add_next()

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,20 +14,25 @@ from safetensors.torch import load_file, save_file
 from test_parity import load
 from torch import nn
 
-from comms.groups import join_process_group, make_groups
+from comms.codecs import Codec, WireDtype, make_codec
+from comms.groups import Groups, join_process_group, make_groups
 from comms.interfaces import choose_interface, list_interfaces, select_for_transport
-from comms.links import PeerLost, ProcessGroupLink
+from comms.links import PeerLost, ProcessGroupLink, WireStats
 from comms.place import place_of
+from comms.probe import time_link
 from comms.rendezvous import Door, check_door_is_here, listen
 from comms.spans import Spans
+from comms.transport import GlooTransport, Pending
 from data_parallel.allreduce import ALIGNMENT_BYTES, GradientBuckets
 from optim.decide import layer_square
-from training.gradient import GlobalGradient
+from pipeline_parallel.schedule import PipelineMode
+from training.gradient import GlobalGradient, Schedule
 from training.job import COLLECTIVE_TIMEOUT
 from user_error import UserError
 
 
-def test_the_first_bucket_is_launched_while_the_last_backward_runs(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["gpipe", "1f1b"])
+def test_the_first_bucket_is_launched_while_the_last_backward_runs(model_folder: Path, tmp_path: Path, mode: PipelineMode) -> None:
     tokens, num_targets = example_tokens(8, 24, 320)
 
     def rank_main(rank: int, store: dist.Store) -> None:
@@ -38,7 +45,7 @@ def test_the_first_bucket_is_launched_while_the_last_backward_runs(model_folder:
             stage=load(model_folder),
             spans=spans,
             peer_names=["", ""],
-            pp_mode="gpipe",
+            schedule=Schedule(mode=mode),
             batch_size=4,
             micro_batch_size=2,
             seq_length=24,
@@ -89,7 +96,7 @@ def test_three_replicas_give_the_same_bits_at_every_cut(model_folder: Path, tmp_
                 stage=stage,
                 spans=Spans(),
                 peer_names=[""] * 6,
-                pp_mode="gpipe",
+                schedule=Schedule(mode="gpipe"),
                 batch_size=2,
                 micro_batch_size=1,
                 seq_length=24,
@@ -108,26 +115,29 @@ def test_three_replicas_give_the_same_bits_at_every_cut(model_folder: Path, tmp_
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def make_link(groups: Groups, rank: int, codecs: tuple[Codec, Codec], *, depth: int, peer_in_words: str = "the other") -> ProcessGroupLink:
+    """Between ranks 0 and 1. codecs: of activations, which rank 0 sends, and of gradients."""
+    pair = groups.to_next or groups.to_previous
+    assert pair is not None
+    ways = (pair.activations, pair.gradients)
+    transport = GlooTransport(send_group=ways[rank], recv_group=ways[1 - rank], peer=1 - rank, device=torch.device("cpu"))
+    return ProcessGroupLink(
+        transport=transport, send_codec=codecs[rank], recv_codec=codecs[1 - rank], peer_in_words=peer_in_words, depth=depth
+    )
+
+
+def pair_of_ranks(rank: int, store: dist.Store) -> Groups:
+    place = place_of(rank, dp_size=1, pp_size=2)
+    join_process_group(place, store, "gloo", COLLECTIVE_TIMEOUT)
+    return make_groups(place, "gloo", COLLECTIVE_TIMEOUT)
+
+
 def test_links_deliver_in_order_own_their_storage_and_reuse_few_buffers(tmp_path: Path) -> None:
     num_messages, depth = 9, 3
 
     def rank_main(rank: int, store: dist.Store) -> None:
-        place = place_of(rank, dp_size=1, pp_size=2)
-        join_process_group(place, store, "gloo", COLLECTIVE_TIMEOUT)
-        groups = make_groups(place, "gloo", COLLECTIVE_TIMEOUT)
-        pair = groups.to_next or groups.to_previous
-        assert pair is not None
-        ways = (pair.activations, pair.gradients) if rank == 0 else (pair.gradients, pair.activations)
-        link = ProcessGroupLink(
-            send_group=ways[0],
-            recv_group=ways[1],
-            peer=1 - rank,
-            peer_in_words="the other",
-            shape=(3, 5),
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            depth=depth,
-        )
+        codec = make_codec("none", shape=(3, 5), dtype=torch.float32)
+        link = make_link(pair_of_ranks(rank, store), rank, (codec, codec), depth=depth)
         for step in range(3):
             link.post(num_messages)
             for i in range(num_messages):
@@ -138,33 +148,128 @@ def test_links_deliver_in_order_own_their_storage_and_reuse_few_buffers(tmp_path
                 assert torch.equal(message, torch.full((3, 5), 100.0 * step + 10 * (1 - rank) + i))
                 assert message.data_ptr() % 64 == 0
             assert len({message.data_ptr() for message in taken}) == num_messages
+            assert link.pop_stats() == WireStats(num_bytes=num_messages * 3 * 5 * 4)
         assert len(link._buffers) == depth
+        link.close()
+
+    run_ranks(rank_main, 2, tmp_path)
+
+
+def test_a_link_knows_whether_the_next_message_is_here(tmp_path: Path) -> None:
+    def rank_main(rank: int, store: dist.Store) -> None:
+        codec = make_codec("none", shape=(4,), dtype=torch.float32)
+        link = make_link(pair_of_ranks(rank, store), rank, (codec, codec), depth=2)
+        link.post(2)
+        if rank == 0:
+            store.wait(["looked"])
+            link.put(0, torch.ones(4))
+            store.wait(["found"])
+            link.put(1, torch.ones(4))
+        else:
+            assert not link.is_here(0)
+            store.set("looked", "")
+            while not link.is_here(0):
+                time.sleep(0.001)
+            link.take(0)
+            assert not link.is_here(1)
+            store.set("found", "")
+            assert link.take(1).sum() == 4
+        link.flush()
+
+    run_ranks(rank_main, 2, tmp_path)
+
+
+def test_what_was_sent_is_let_go_of_while_the_step_still_runs(tmp_path: Path) -> None:
+    """Else a step of many micro-batches would keep the output of each of them, whatever the schedule holds in flight."""
+
+    def rank_main(rank: int, store: dist.Store) -> None:
+        codec = make_codec("none", shape=(256, 256), dtype=torch.float32)
+        link = make_link(pair_of_ranks(rank, store), rank, (codec, codec), depth=2)
+        link.post(12 if rank == 1 else 0)
+        if rank == 0:
+            freed: list[int] = []
+            for i in range(12):
+                message = torch.ones(256, 256)
+                weakref.finalize(message.untyped_storage(), freed.append, i)
+                link.put(i, message)
+                del message
+            give_up = time.monotonic() + 20
+            while any(not pending.done() for _, pending in link._sends):
+                assert time.monotonic() < give_up
+                time.sleep(0.01)
+            assert sorted(freed) == list(range(12))
+        else:
+            for i in range(12):
+                link.take(i)
+        link.flush()
+
+    run_ranks(rank_main, 2, tmp_path)
+
+
+@pytest.mark.parametrize(("activations", "gradients"), [("bf16", "none"), ("int8", "fp16"), ("int4", "int8")])
+def test_each_direction_has_its_codec_and_says_what_it_cost(tmp_path: Path, activations: WireDtype, gradients: WireDtype) -> None:
+    shape = (4, 128)
+    worst = {"none": 0.0, "fp16": 5e-4, "bf16": 4e-3, "int8": 1e-2, "int4": 0.13}
+
+    def rank_main(rank: int, store: dist.Store) -> None:
+        codecs = tuple(make_codec(wire_dtype, shape=shape, dtype=torch.float32) for wire_dtype in (activations, gradients))
+        link = make_link(pair_of_ranks(rank, store), rank, codecs, depth=2)  # type: ignore[arg-type]
+        sent, received = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (rank, 1 - rank))
+        link.post(2)
+        link.put(0, sent)
+        link.put(1, 2 * sent)
+        for i, factor in enumerate((1, 2)):
+            difference = ((link.take(i) - factor * received).norm() / (factor * received).norm()).item()
+            mine = (activations, gradients)[1 - rank]
+            assert difference <= worst[mine]
+            assert (difference > 0) == (mine != "none"), "a codec that is asked for and changes nothing does not work"
+        link.flush()
+        stats, codec = link.pop_stats(), (activations, gradients)[rank]
+        assert stats.num_bytes == 2 * codecs[rank].num_bytes
+        assert stats.num_bytes < 2 * sent.numel() * 4 or codec == "none"
+        relative = (stats.difference_square / stats.square) ** 0.5 if stats.square else 0.0
+        assert 0 < relative <= worst[codec] or codec == "none"
 
     run_ranks(rank_main, 2, tmp_path)
 
 
 def test_a_lost_neighbour_is_named(tmp_path: Path) -> None:
     def rank_main(rank: int, store: dist.Store) -> None:
-        place = place_of(rank, dp_size=1, pp_size=2)
-        join_process_group(place, store, "gloo", COLLECTIVE_TIMEOUT)
-        groups = make_groups(place, "gloo", COLLECTIVE_TIMEOUT)
-        pair = groups.to_next or groups.to_previous
-        assert pair is not None
+        groups = pair_of_ranks(rank, store)
         if rank == 1:
             store.add("done", 1)
             os._exit(0)
-        link = ProcessGroupLink(
-            send_group=pair.activations,
-            recv_group=pair.gradients,
-            peer=1,
-            peer_in_words="rank 1 on host far-away",
-            shape=(2,),
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            depth=1,
-        )
+        codec = make_codec("none", shape=(2,), dtype=torch.float32)
+        link = make_link(groups, 0, (codec, codec), depth=1, peer_in_words="rank 1 on host far-away")
         with pytest.raises(PeerLost, match="micro-batch 0 from rank 1 on host far-away"):
             (link.post(1), link.take(0))
+
+    run_ranks(rank_main, 2, tmp_path)
+
+
+def test_the_probe_measures_latency_and_transfer(tmp_path: Path) -> None:
+    """Against a transport that is as slow as it says."""
+    latency_s, bytes_per_s = 0.01, 50e6
+
+    class SlowTransport(GlooTransport):
+        def send(self, message: torch.Tensor, i: int) -> Pending:
+            def late() -> None:
+                time.sleep(latency_s + message.numel() / bytes_per_s)
+                dist.send(message, dst=self._peer, group=self._send_group, tag=i)
+
+            return self._sender.submit(late)
+
+    def rank_main(rank: int, store: dist.Store) -> None:
+        pair = (groups := pair_of_ranks(rank, store)).to_next or groups.to_previous
+        assert pair is not None
+        ways = (pair.activations, pair.gradients)
+        transport = SlowTransport(send_group=ways[rank], recv_group=ways[1 - rank], peer=1 - rank, device=torch.device("cpu"))
+        sizes = (500_000, 250_000)
+        times = time_link(transport, leads=rank == 0, num_bytes=sizes, device=torch.device("cpu"), peer_in_words="")
+        if rank == 0:
+            assert latency_s <= times.latency_s < 3 * latency_s
+            assert 0.8 * sum(sizes) / bytes_per_s < times.transfer_s < 4 * sum(sizes) / bytes_per_s
+        transport.close()
 
     run_ranks(rank_main, 2, tmp_path)
 

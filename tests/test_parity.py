@@ -20,7 +20,8 @@ from modules.lm_ops import IGNORED_TARGET, Segments, chunked_cross_entropy, next
 from modules.stage import Stage, empty_stage
 from optim.build import AdamSettings, AdamW
 from pipeline_parallel.partition import even_cut
-from training.gradient import GlobalGradient
+from pipeline_parallel.schedule import PipelineMode
+from training.gradient import GlobalGradient, Schedule
 from training.job import COLLECTIVE_TIMEOUT
 
 SEQ_LENGTH, NUM_SEQUENCES, CLIP = 24, 16, 0.05
@@ -136,15 +137,28 @@ def single_process_gradient(folder: Path, tokens: torch.Tensor, num_targets: int
     return {name: parameter.grad for name, parameter in stage.named_parameters()}, float(norm)  # type: ignore[misc]
 
 
+# name -> mode, extra warm-up forwards per link, whether layers are recomputed
+VARIANTS: dict[str, tuple[PipelineMode, int, bool]] = {
+    "gpipe": ("gpipe", 0, False),
+    "1f1b": ("1f1b", 0, False),
+    "1f1b_ahead": ("1f1b", 2, False),
+    "1f1b_recompute": ("1f1b", 0, True),
+    "zb": ("zb", 0, False),
+    "zb_ahead_recompute": ("zb", 1, True),
+}
+
+
 def write_grid_gradients(folder: Path, out: Path, stages: int, replicas: int, tokens: torch.Tensor, num_targets: int) -> None:
-    """In stages x replicas ranks: the gradient for every number of micro-batches and accumulation steps, each rank its own file."""
+    """In stages x replicas ranks: the gradient of every variant for every number of micro-batches and accumulation steps."""
 
     def rank_main(rank: int, store: dist.Store) -> None:
         place = place_of(rank, dp_size=replicas, pp_size=stages)
         join_process_group(place, store, "gloo", COLLECTIVE_TIMEOUT)
         groups = make_groups(place, "gloo", COLLECTIVE_TIMEOUT)
-        for micro_batches, accumulation in itertools.product((1, 2, 4), (1, 2)):
+        for micro_batches, accumulation, variant in itertools.product((1, 2, 4), (1, 2), VARIANTS):
+            mode, extra_warmup, recomputes = VARIANTS[variant]
             stage = load(folder, *even_cut(4, stages)[place.pp])
+            stage.recomputes = recomputes
             batch_size = NUM_SEQUENCES // (replicas * accumulation)
             gradient = GlobalGradient(
                 place=place,
@@ -152,7 +166,7 @@ def write_grid_gradients(folder: Path, out: Path, stages: int, replicas: int, to
                 stage=stage,
                 spans=Spans(),
                 peer_names=[f"rank {r}" for r in range(stages * replicas)],
-                pp_mode="gpipe",
+                schedule=Schedule(mode=mode, extra_warmup=(extra_warmup,) * (stages - 1)),
                 batch_size=batch_size,
                 micro_batch_size=batch_size // micro_batches,
                 seq_length=SEQ_LENGTH,
@@ -162,9 +176,10 @@ def write_grid_gradients(folder: Path, out: Path, stages: int, replicas: int, to
             decision = gradient.compute(share, num_targets)
             found = {name: parameter.grad.clone() for name, parameter in stage.named_parameters()}  # type: ignore[union-attr]
             found["decision"] = torch.tensor([decision.loss, decision.grad_norm, decision.clip_factor], dtype=torch.float64)
-            save_file(found, out / f"s{stages}_r{replicas}_m{micro_batches}_a{accumulation}_rank{rank}.safetensors")
+            save_file(found, out / f"{variant}_s{stages}_r{replicas}_m{micro_batches}_a{accumulation}_rank{rank}.safetensors")
             gradient.forget()
             assert all(not parameter.grad.any() for parameter in stage.parameters())  # type: ignore[union-attr]
+            gradient.close()
 
     run_ranks(rank_main, stages * replicas, out)
 
@@ -178,13 +193,16 @@ def grids(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return out, tokens, num_targets
 
 
-def gradients_of(out: Path, stages: int, replicas: int, micro_batches: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
+def gradients_of(
+    out: Path, stages: int, replicas: int, micro_batches: int, accumulation: int, variant: str = "gpipe"
+) -> list[dict[str, torch.Tensor]]:
     """For each replica: the gradients of all its stages."""
     by_replica: list[dict[str, torch.Tensor]] = []
     for dp in range(replicas):
         merged: dict[str, torch.Tensor] = {}
         for pp in range(stages):
-            merged |= load_file(out / f"s{stages}_r{replicas}_m{micro_batches}_a{accumulation}_rank{dp * stages + pp}.safetensors")
+            name = f"{variant}_s{stages}_r{replicas}_m{micro_batches}_a{accumulation}_rank{dp * stages + pp}"
+            merged |= load_file(out / f"{name}.safetensors")
         by_replica.append(merged)
     return by_replica
 
@@ -200,29 +218,31 @@ def test_every_grid_gives_the_single_process_gradient(grids: tuple[Path, torch.T
     counts = (tokens[:, 1, 1:] != 0).sum(1)
     assert counts.unique().numel() > 4, "target counts must be unequal in this test"
     assert len(ALL_GRIDS) == 36
-    for grid in ALL_GRIDS:
-        for merged in gradients_of(out, *grid):
+    for grid, variant in itertools.product(ALL_GRIDS, VARIANTS):
+        for merged in gradients_of(out, *grid, variant):
             loss, grad_norm, clip_factor = merged.pop("decision").tolist()
-            assert loss == pytest.approx(hf_loss, rel=1e-6), grid
-            assert grad_norm == pytest.approx(norm, rel=1e-5), grid
-            assert clip_factor == pytest.approx(CLIP / norm, rel=1e-5), grid
-            assert set(merged) == set(expected), grid
+            assert loss == pytest.approx(hf_loss, rel=1e-6), (grid, variant)
+            assert grad_norm == pytest.approx(norm, rel=1e-5), (grid, variant)
+            assert clip_factor == pytest.approx(CLIP / norm, rel=1e-5), (grid, variant)
+            assert set(merged) == set(expected), (grid, variant)
             for name, gradient in merged.items():
                 difference = (gradient - expected[name]).norm() / expected[name].norm()
-                assert difference <= 1e-6, f"stages, replicas, micro-batches, accumulation {grid}, {name}: {difference}"
+                assert difference <= 1e-6, f"stages, replicas, micro-batches, accumulation {grid}, {variant}, {name}: {difference}"
 
 
-def test_the_gradient_has_the_same_bits_at_every_number_of_stages(grids: tuple[Path, torch.Tensor, int]) -> None:
+def test_the_gradient_has_the_same_bits_at_every_number_of_stages_and_in_every_schedule(grids: tuple[Path, torch.Tensor, int]) -> None:
     out, _, _ = grids
     for _, replicas, micro_batches, accumulation in ALL_GRIDS[: len(ALL_GRIDS) // 3]:
-        one, *others = (gradients_of(out, stages, replicas, micro_batches, accumulation) for stages in (1, 2, 4))
-        for other in others:
-            for merged, reference in zip(other, one, strict=True):
-                assert all(torch.equal(merged[name], reference[name]) for name in reference | merged)
+        references = gradients_of(out, 1, replicas, micro_batches, accumulation)
+        for stages, variant in itertools.product((1, 2, 4), VARIANTS):
+            others = gradients_of(out, stages, replicas, micro_batches, accumulation, variant)
+            for other, reference in zip(others, references, strict=True):
+                differing = [name for name in reference | other if not torch.equal(other[name], reference[name])]
+                assert not differing, (stages, replicas, micro_batches, accumulation, variant, differing)
 
 
 def test_replicas_hold_the_same_bits_after_the_sum(grids: tuple[Path, torch.Tensor, int]) -> None:
     out, _, _ = grids
-    for stages, micro_batches, accumulation in itertools.product((1, 2, 4), (1, 2, 4), (1, 2)):
-        first, second = gradients_of(out, stages, 2, micro_batches, accumulation)
+    for stages, micro_batches, accumulation, variant in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), VARIANTS):
+        first, second = gradients_of(out, stages, 2, micro_batches, accumulation, variant)
         assert all(torch.equal(first[name], second[name]) for name in first)

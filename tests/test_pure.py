@@ -10,17 +10,11 @@ from comms.place import place_of
 from comms.rendezvous import door_of_torchrun, parse_dist_url
 from optim.schedule import LearningRate
 from pipeline_parallel.partition import cut_by_num_layers, even_cut
-from pipeline_parallel.schedule import Action, order
 from training.config import Config, parse_config, shared_flags
 from training.flags import describe_flags
 from user_error import UserError
 
 NEEDED = ["--model-name", "m", "--task-name", "t.jsonl", "--checkpoint-path", "c", "--total-steps", "12"]
-
-
-def test_gpipe_runs_all_forwards_then_all_backwards_in_micro_batch_order() -> None:
-    actions = order("gpipe", 3)
-    assert actions == (Action("F", 0), Action("F", 1), Action("F", 2), Action("B", 0), Action("B", 1), Action("B", 2))
 
 
 def test_every_even_cut_covers_the_model_and_gives_every_stage_a_layer() -> None:

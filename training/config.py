@@ -8,9 +8,13 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+from comms.codecs import WireDtype
 from comms.rendezvous import DEFAULT_DIST_URL, Door, door_of_torchrun, parse_dist_url
+from pipeline_parallel.partition import parse_stage_layers
+from pipeline_parallel.schedule import PipelineMode
 from training.flags import describe_flags, flag, parse_flags, parse_known_flags
 from user_error import UserError
 
@@ -58,8 +62,38 @@ class Config:
 
     pipeline_group_size: int = flag(1, "stages of the pipeline", group=_GRID)
     data_group_size: int | None = flag(None, "replicas of the pipeline; left out: world size / stages", group=_GRID)
-    num_layers: int | None = flag(None, "layers per stage N: stage s holds [s*N, min((s+1)*N, L)); left out: an even cut", group=_GRID)
-    pp_mode: Literal["gpipe"] = flag("gpipe", "the pipeline's schedule", group=_GRID)
+    num_layers: int | None = flag(None, "layers per stage N: stage s holds [s*N, min((s+1)*N, L)); left out: see --partition", group=_GRID)
+    stage_layers: str | None = flag(None, "layers of each stage by hand, such as 6,8,8,6; left out: see --partition", group=_GRID)
+    partition: Literal["even", "measured"] = flag(
+        "even",
+        "even: stages differ by one layer at most; measured: times layers, embeddings and head on every rank at the start and takes the "
+        "cut whose slowest stage is fastest, within --memory-limit",
+        group=_GRID,
+    )
+    memory_limit: float | None = flag(
+        None, "GiB this rank's stage may take, for --partition measured; left out: 90 % of what is free at the start", group=_GRID
+    )
+    pp_mode: PipelineMode = flag(
+        "1f1b",
+        "gpipe: all forwards, then all backwards; 1f1b: in turn, so that few micro-batches are held; zb: 1f1b whose weight gradients "
+        "are left for the time spent waiting; the same bits in all of them",
+        group=_GRID,
+    )
+    extra_warmup_forwards: str = flag(
+        "auto",
+        "in 1f1b and zb: micro-batches further ahead, per link behind a stage, that hide a long link's round trip and cost memory; auto: "
+        "as many as the latency, transfer and compute measured at the start ask for",
+        group=_GRID,
+    )
+    recompute: Literal["none", "layer"] = flag(
+        "none", "layer: keep only the inputs of layers for the backward and compute each forward twice; the same bits", group=_GRID
+    )
+    wire_dtype: WireDtype = flag(
+        "none",
+        "form in which activations travel between stages; none: as computed; int8: a scale per row; int4: per 64 values",
+        group=_GRID,
+    )
+    wire_dtype_grad: WireDtype | None = flag(None, "the same for the gradients that travel back; left out: as --wire-dtype", group=_GRID)
     dp_mode: Literal["allreduce"] = flag("allreduce", "how replicas agree on gradients", group=_GRID)
 
     task_name: str | None = flag(
@@ -111,7 +145,13 @@ class Config:
         "print", "print, or Weights & Biases besides (WANDB_NAME, WANDB_MODE=offline are honoured)", group=_REPORT
     )
     project_name: str = flag("geo-clm-trainer", "the Weights & Biases project", group=_REPORT)
-    profiling: Literal["no-profiling", "tidy_profiling"] = flag("no-profiling", "tidy_profiling comes with a later version", group=_REPORT)
+    profiling: Literal["no-profiling", "tidy_profiling"] = flag(
+        "no-profiling",
+        "tidy_profiling: write one Chrome/Perfetto trace of all ranks; draw it with python -m training.timeline TRACE --png FILE",
+        group=_REPORT,
+    )
+    profiling_steps: int = flag(5, "optimizer steps in the trace: the second and those after it", group=_REPORT)
+    trace_path: str | None = flag(None, "file of the trace; left out: trace.json in --checkpoint-path", group=_REPORT)
 
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "what this process computes on; auto: CUDA where there is one", group=_MACHINE)
     cuda_id: int | None = flag(None, "index of this process's GPU; left out: LOCAL_RANK of the environment, else 0", group=_MACHINE)
@@ -120,6 +160,16 @@ class Config:
     @property
     def num_stages(self) -> int:
         return self.pipeline_group_size
+
+    @property
+    def extra_warmup(self) -> int | None:
+        """--extra-warmup-forwards per link; None for auto."""
+        return None if self.extra_warmup_forwards == "auto" else int(self.extra_warmup_forwards)
+
+    @property
+    def trace_file(self) -> Path:
+        """Where --profiling tidy_profiling writes."""
+        return Path(self.trace_path) if self.trace_path else Path(self.checkpoint_path or "") / "trace.json"
 
     @property
     def door(self) -> Door:
@@ -134,14 +184,14 @@ class Config:
 PER_RANK_FLAGS = frozenset(
     {
         *("rank", "world_size", "dist_url", "net_interface", "rendezvous_timeout", "cuda_id", "num_threads", "device"),
-        *("model_name", "tokenizer_name", "task_name", "checkpoint_path"),
+        *("model_name", "tokenizer_name", "task_name", "checkpoint_path", "trace_path", "memory_limit"),
         *("train_log_backend", "project_name", "logging_steps"),
     }
 )
 _AT_LEAST_ONE = (
     *("pipeline_group_size", "data_group_size", "num_layers", "world_size"),
     *("batch_size", "micro_batch_size", "gradient_accumulate_step", "total_steps"),
-    *("logging_steps", "num_threads", "embedding_dim"),
+    *("logging_steps", "num_threads", "embedding_dim", "profiling_steps"),
 )
 
 
@@ -193,6 +243,7 @@ def _fill_in(config: Config, environment: Mapping[str, str]) -> Config:
         world_size = found["world_size"] = stages * (replicas or 1)
     if replicas is None and stages >= 1 and world_size % stages == 0:
         found["data_group_size"] = world_size // stages
+    found["wire_dtype_grad"] = config.wire_dtype_grad or config.wire_dtype
     return dataclasses.replace(config, **{"rank": config.rank or 0, "cuda_id": config.cuda_id or 0, **found})
 
 
@@ -207,7 +258,6 @@ def _not_offered(config: Config) -> list[str]:
     rules = [
         (config.fp16, "--fp16 is not there yet: this version computes in fp32; leave it out"),
         (config.optimizer == "8bit-adam", "--optimizer 8bit-adam is not there yet; use --optimizer adam"),
-        (config.profiling == "tidy_profiling", "--profiling tidy_profiling is not there yet; leave it out"),
         (
             config.dp_backend == "nccl" and config.device == "cpu",
             "--dp-backend nccl carries CUDA tensors only, and --device is cpu; use --dp-backend gloo",
@@ -226,6 +276,10 @@ def _out_of_range(config: Config) -> list[str]:
         value = getattr(config, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             problems.append(f"--{name.replace('_', '-')} must be 0 or more; it is {value}")
+    if config.extra_warmup_forwards != "auto" and not config.extra_warmup_forwards.isdecimal():
+        problems.append(f"--extra-warmup-forwards must be auto or a whole number of at least 0; it is {config.extra_warmup_forwards!r}")
+    if config.memory_limit is not None and not (config.memory_limit > 0 and math.isfinite(config.memory_limit)):
+        problems.append(f"--memory-limit must be above 0 GiB; it is {config.memory_limit}")
     if config.seq_length < 2:
         problems.append(f"--seq-length must be at least 2, or there is nothing to predict; it is {config.seq_length}")
     for name in ("adam_beta1", "adam_beta2"):
@@ -262,6 +316,16 @@ def _not_fitting(config: Config) -> list[str]:
             f"{config.total_steps} is none of "
             f"{config.gradient_accumulate_step}. Use {fitting}"
         )
+    cuts = {"--num-layers": config.num_layers, "--stage-layers": config.stage_layers}
+    cuts["--partition measured"] = None if config.partition == "even" else config.partition
+    given = [name for name, value in cuts.items() if value is not None]
+    if len(given) > 1:
+        problems.append(f"the cut into stages can be asked for in one way only; {' and '.join(given)} are given. Leave one out")
+    if config.stage_layers is not None:
+        try:
+            parse_stage_layers(config.stage_layers)
+        except UserError as error:
+            problems.append(str(error))
     if config.warmup_steps is not None and config.warmup_proportion is not None:
         problems.append("--warmup-steps and --warmup-proportion say the same thing; pass one of them")
     if config.warmup_steps is not None and config.total_steps is not None and config.warmup_steps > config.total_steps:

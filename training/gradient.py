@@ -4,21 +4,47 @@ Promises: after compute(), every rank's ``.grad`` is its layers' part of the gra
 tokens), over all micro-batches, accumulation steps and replicas, clipped alike everywhere: what one process would have computed
 on the same tokens."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from comms.codecs import Codec, WireDtype, make_codec
 from comms.groups import Groups, PairGroups
 from comms.links import Link, ProcessGroupLink
 from comms.place import Place
 from comms.spans import Spans
+from comms.transport import make_transport
 from data_parallel.allreduce import GradientBuckets
+from modules.linear import WeightGradients, linears
 from modules.lm_ops import Segments
 from modules.stage import Stage, layer_keys
 from optim.decide import StepDecision, decide_step, layer_square
 from pipeline_parallel.engine import MicroBatch, PipelineEngine
-from pipeline_parallel.schedule import Kind, order
+from pipeline_parallel.schedule import PipelineMode, order, warmup_forwards
 
-LINK_DEPTH = 4  # receives posted ahead; more buys nothing once a round trip is covered
+LEAST_DEPTH = 4  # receives posted ahead, where the schedule asks for no more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How micro-batches go through the pipeline and in which form: the flags of the same names, resolved. extra_warmup: per link."""
+
+    mode: PipelineMode = "1f1b"
+    extra_warmup: tuple[int, ...] = ()
+    wire_dtype: WireDtype = "none"
+    wire_dtype_grad: WireDtype = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireReport:
+    """What all stages sent to their neighbours in an optimizer step. The errors are relative to what was meant, measured on the first
+    message of every link; None: no link, or nothing was rounded."""
+
+    num_bytes: int
+    activation_error: float | None
+    gradient_error: float | None
 
 
 class GlobalGradient:
@@ -32,55 +58,75 @@ class GlobalGradient:
         stage: Stage,
         spans: Spans,
         peer_names: list[str],
-        pp_mode: Kind,
+        schedule: Schedule,
         batch_size: int,
         micro_batch_size: int,
         seq_length: int,
         clip_grad_norm: float,
     ) -> None:
-        """peer_names: of every rank, for messages. clip_grad_norm: 0 does not clip."""
-        self._place, self._spans = place, spans
+        """peer_names: of every rank, for messages. clip_grad_norm: 0 does not clip. Raises UserError for a codec that does not fit."""
+        self._place, self._spans, self._schedule = place, spans, schedule
         self._micro_batch_size, self._clip_grad_norm = micro_batch_size, clip_grad_norm
+        self._num_micro_batches = batch_size // micro_batch_size
         self._layers = layer_keys(stage.config.num_layers)
         self._device = next(stage.parameters()).device
-        num_micro_batches = batch_size // micro_batch_size
-        self._actions = order(pp_mode, num_micro_batches)
-
-        def link(pair: PairGroups | None, peer: int, *, is_next: bool) -> Link | None:
-            if pair is None:
-                return None
-            return ProcessGroupLink(
-                send_group=pair.activations if is_next else pair.gradients,
-                recv_group=pair.gradients if is_next else pair.activations,
-                peer=peer,
-                peer_in_words=peer_names[peer],
-                shape=(micro_batch_size, seq_length, stage.config.width),
-                dtype=torch.float32,
-                device=self._device,
-                depth=min(LINK_DEPTH, num_micro_batches),
-            )
-
-        self._engine = PipelineEngine(
-            stage=stage,
-            previous=link(groups.to_previous, place.rank - 1, is_next=False),
-            following=link(groups.to_next, place.rank + 1, is_next=True),
+        shape = (micro_batch_size, seq_length, stage.config.width)
+        self._codecs = wire_codecs(schedule.wire_dtype, schedule.wire_dtype_grad, shape, self._device)
+        self._to_previous = self._link(groups.to_previous, peer_names, is_next=False)
+        self._to_next = self._link(groups.to_next, peer_names, is_next=True)
+        leaving = linears(stage) if schedule.mode == "zb" else []
+        self._buckets = GradientBuckets(
+            stage.parameters_by_layer(),
+            groups=groups.replicas,
             spans=spans,
+            added_elsewhere=[parameter for linear in leaving for parameter in linear.parameters()],
         )
-        self._buckets = GradientBuckets(stage.parameters_by_layer(), groups=groups.replicas, spans=spans)
+        weight_gradients = WeightGradients(self._buckets.complete) if leaving else None
+        for linear in leaving:
+            linear.weight_gradients = weight_gradients
+        self._engine = PipelineEngine(
+            stage=stage, previous=self._to_previous, following=self._to_next, spans=spans, weight_gradients=weight_gradients
+        )
+
+    def _link(self, pair: PairGroups | None, peer_names: list[str], *, is_next: bool) -> Link | None:
+        if pair is None:
+            return None
+        peer = self._place.rank + (1 if is_next else -1)
+        activations, gradients = self._codecs
+        transport = make_transport(
+            send_group=pair.activations if is_next else pair.gradients,
+            recv_group=pair.gradients if is_next else pair.activations,
+            peer=peer,
+            device=self._device,
+        )
+        return ProcessGroupLink(
+            transport=transport,
+            send_codec=activations if is_next else gradients,
+            recv_codec=gradients if is_next else activations,
+            peer_in_words=peer_names[peer],
+            depth=min(self._depth(self._place.pp if is_next else self._place.pp - 1), transport.max_depth),
+        )
+
+    def _depth(self, first_stage: int) -> int:
+        """Receives posted ahead on the link behind ``first_stage``: as many messages as may be under way on it at once."""
+        if self._schedule.mode == "gpipe":
+            return self._num_micro_batches
+        return max(LEAST_DEPTH, 1 + warmup_forwards(first_stage, self._place.pp_size, self._schedule.extra_warmup))
 
     def compute(self, tokens: Tensor, num_targets: int) -> StepDecision:
         """Collective over all ranks. tokens: this replica's share, (A, N, 2, T) int32, for A accumulation steps of N sequences
         ([:, :, 0] ids, [:, :, 1] positions); num_targets: of the whole global batch. Gradients are added to what ``.grad`` holds
         (see forget()). Raises PeerLost."""
-        loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        for a, batch in enumerate(tokens):
-            is_last = a == len(tokens) - 1
-            loss += self._engine.run(
-                self._actions,
-                self._micro_batches(batch),
-                scale=1.0 / num_targets,
-                before_last_backward=self._buckets.arm if is_last else None,
-            )
+        actions = order(
+            self._schedule.mode,
+            stage=self._place.pp,
+            num_stages=self._place.pp_size,
+            num_micro_batches=self._num_micro_batches,
+            num_accumulation_steps=len(tokens),
+            extra_warmup=self._schedule.extra_warmup,
+        )
+        micro_batches = self._micro_batches(tokens.flatten(0, 1))
+        loss = self._engine.run(actions, micro_batches, scale=1.0 / num_targets, before_last_backward=self._buckets.arm)
         self._buckets.finish()
         with self._spans.span("agreeing on the step"):
             decision = decide_step(
@@ -90,6 +136,7 @@ class GlobalGradient:
                 loss=loss.item(),
                 clip_grad_norm=self._clip_grad_norm,
                 device=self._device,
+                sums=self._wire_sums(),
             )
         if decision.clip_factor < 1.0 and not decision.skip:
             for _, flats in self._buckets.flat_gradients():
@@ -97,13 +144,50 @@ class GlobalGradient:
                     flat.mul_(decision.clip_factor)
         return decision
 
+    def _wire_sums(self) -> tuple[float, ...]:
+        """Of this rank: bytes sent, then squared difference and square of the sampled activations, then of the gradients."""
+        sums = [0.0] * 5
+        for link, place in ((self._to_next, 1), (self._to_previous, 3)):
+            if link is not None:
+                stats = link.pop_stats()
+                sums[0] += stats.num_bytes
+                sums[place] += stats.difference_square
+                sums[place + 1] += stats.square
+        return tuple(sums)
+
+    def close(self) -> None:
+        """Nothing more will be computed."""
+        for link in (self._to_previous, self._to_next):
+            if link is not None:
+                link.close()
+
     def forget(self) -> None:
         """Set every gradient to 0 for the next step."""
         self._buckets.zero()
 
     def _micro_batches(self, batch: Tensor) -> list[MicroBatch]:
-        """batch (N, 2, T) int32 to N / micro_batch_size micro-batches on the stage's device."""
+        """batch (A*N, 2, T) int32 to micro-batches on the stage's device, in the order of their accumulation steps."""
         return [
             MicroBatch(piece[:, 0].long().to(self._device), Segments.from_positions(piece[:, 1]).to(self._device))
             for piece in batch.split(self._micro_batch_size)
         ]
+
+
+def wire_codecs(
+    wire_dtype: WireDtype, wire_dtype_grad: WireDtype, shape: tuple[int, int, int], device: torch.device
+) -> tuple[Codec, Codec]:
+    """Of activations and of gradients, both (B, T, C) fp32."""
+    activations = make_codec(wire_dtype, shape=shape, dtype=torch.float32, device=device)
+    same = wire_dtype == wire_dtype_grad
+    return activations, activations if same else make_codec(wire_dtype_grad, shape=shape, dtype=torch.float32, device=device)
+
+
+def wire_report(decision: StepDecision) -> WireReport:
+    """What of a step's decision tells about the links between stages."""
+    num_bytes, *squares = decision.sums
+    return WireReport(num_bytes=int(num_bytes), activation_error=_relative(*squares[:2]), gradient_error=_relative(*squares[2:]))
+
+
+def _relative(difference_square: float, square: float) -> float | None:
+    is_known = square > 0 and math.isfinite(square) and math.isfinite(difference_square)
+    return math.sqrt(difference_square / square) if is_known else None

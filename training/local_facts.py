@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint.model_folder import ModelFolder, check_model_folder, resolve_model_folder
+from comms.codecs import check_width
 from comms.interfaces import Interface, choose_interface, select_for_transport
 from comms.place import Place, place_of
 from modules.gptj import GPTJConfig
-from pipeline_parallel.partition import Cut, cut_by_num_layers, even_cut
+from pipeline_parallel.partition import Cut, cut_by_num_layers, cut_by_stage_layers, even_cut, parse_stage_layers
 from training.config import Config
 from user_error import UserError
 
@@ -58,11 +59,19 @@ def look_around(config: Config) -> LocalFacts:
             f"{model_config.num_positions}. "
             f"Use {model_config.num_positions} or less"
         )
-    if config.num_layers is None:
-        cut = even_cut(model_config.num_layers, place.pp_size)
-    else:
-        cut = cut_by_num_layers(model_config.num_layers, place.pp_size, config.num_layers)
+    for wire_dtype in (config.wire_dtype, config.wire_dtype_grad or "none"):
+        check_width(wire_dtype, model_config.width)
+    cut = _cut(config, model_config.num_layers)
     return LocalFacts(place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut)
+
+
+def _cut(config: Config, num_layers: int) -> Cut:
+    """As the flags ask for; where it is to be measured, the even one until then."""
+    if config.stage_layers is not None:
+        return cut_by_stage_layers(num_layers, config.num_stages, parse_stage_layers(config.stage_layers))
+    if config.num_layers is not None:
+        return cut_by_num_layers(num_layers, config.num_stages, config.num_layers)
+    return even_cut(num_layers, config.num_stages)
 
 
 def _device_and_backend(config: Config) -> tuple[torch.device, str]:

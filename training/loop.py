@@ -24,12 +24,14 @@ from optim.schedule import LearningRate
 from training.config import Config
 from training.data import start_reader
 from training.feed import StepFeed, TokenFeed
-from training.gradient import GlobalGradient
+from training.gradient import GlobalGradient, wire_report
 from training.job import Job
 from training.opening import describe_run
+from training.plan import PipelinePlan, agree_on_plan
 from training.report import Report
 from training.saving import check_replicas_alike, load_weights_and_state, save_step
 from training.start import ReadingDesk, Start, agree
+from training.tracing import TidyProfiler, check_trace_path
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -42,13 +44,18 @@ def train(job: Job, config: Config) -> None:
     assert config.checkpoint_path is not None, "parse_config requires it"
     with ExitStack() as cleanup:
         job.spans.enter_phase("preparing data and checkpoints")
+        if config.profiling == "tidy_profiling" and job.place.rank == 0:
+            check_trace_path(config.trace_file)
         start, desk = agree(job, config, cleanup)
         if start.is_finished:
             if job.place.rank == 0:
                 log.info("nothing to do: %s is at step %d and --total-steps is %d", config.checkpoint_path, start.step, config.total_steps)
             return
+        job.spans.enter_phase("measuring layers and links")
+        plan = agree_on_plan(job, config)
+        job = dataclasses.replace(job, cut=plan.cut)
         job.spans.enter_phase("loading weights")
-        trainer = Trainer(job, config, start, desk)
+        trainer = Trainer(job, config, start, desk, plan)
         cleanup.callback(trainer.close)
         trainer.run()
 
@@ -56,9 +63,9 @@ def train(job: Job, config: Config) -> None:
 class Trainer:
     """One rank's share of the training, built from a formed job and an agreed start."""
 
-    def __init__(self, job: Job, config: Config, start: Start, desk: ReadingDesk | None) -> None:
+    def __init__(self, job: Job, config: Config, start: Start, desk: ReadingDesk | None, plan: PipelinePlan) -> None:
         assert config.checkpoint_path is not None and config.total_steps is not None, "parse_config requires them"
-        self._job, self._config, self._desk = job, config, desk
+        self._job, self._config, self._desk, self._plan = job, config, desk, plan
         self._root = Path(config.checkpoint_path)
         self._step, self._optimizer_step, self._num_skipped = start.step, start.optimizer_step, start.num_skipped
         self._skipped_in_a_row = 0
@@ -66,6 +73,7 @@ class Trainer:
         self._num_updates = config.total_steps // self._accumulate
         first, last = job.cut[job.place.pp]
         self._stage = empty_stage(job.model_config, first, last, device=job.device)
+        self._stage.recomputes = config.recompute == "layer"
         self._optimizer = AdamW(dict(self._stage.named_parameters()), _adam_settings(config))
         self._load(start)
         check_replicas_alike(job, self._stage)
@@ -75,7 +83,7 @@ class Trainer:
             stage=self._stage,
             spans=job.spans,
             peer_names=[f"{job.place.at(rank).in_words} on host {entry['host']}" for rank, entry in enumerate(job.roster)],
-            pp_mode=config.pp_mode,
+            schedule=plan.schedule,
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
             seq_length=config.seq_length,
@@ -91,6 +99,9 @@ class Trainer:
             num_steps=self._num_updates - self._optimizer_step,
             device=job.device,
         )
+        self._profiler: TidyProfiler | None = None
+        if config.profiling == "tidy_profiling":
+            self._profiler = self._make_profiler()
         self._data_position: dict[str, Any] | None = None  # rank 0: behind the last step that was consumed
         self._saved_step = start.step if start.resume_folder is not None else None
         self._report = Report(
@@ -100,11 +111,13 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, save and report on the way."""
         if self._job.place.rank == 0:
-            log.info("%s", describe_run(self._config, self._job, self._step))
+            log.info("%s", describe_run(self._config, self._job, self._step, self._plan))
         if self._config.train_log_backend == "wandb":
             self._report.start_wandb(self._config.project_name, self._root, dataclasses.asdict(self._config))
         self._feed.start()
         while self._optimizer_step < self._num_updates:
+            if self._profiler is not None:
+                self._profiler.before_step()
             started = time.perf_counter()
             self._job.spans.enter_step(self._step + self._accumulate)
             with self._job.spans.span("waiting for data"):
@@ -113,14 +126,36 @@ class Trainer:
                 self._stop_for_data()
             else:
                 self._one_step(feed, started)
+        if self._profiler is not None:
+            self._profiler.finish()
         if self._saved_step != self._step:
             self._save()
 
     def close(self) -> None:
-        """Stop the reader, end the progress line."""
+        """Stop the reader and the links, end the progress line."""
+        self._gradient.close()
         if self._reader is not None:
             self._reader.close()
         self._report.close()
+
+    def _make_profiler(self) -> TidyProfiler:
+        job, config = self._job, self._config
+        return TidyProfiler(
+            place=job.place,
+            device=job.device,
+            spans=job.spans,
+            store=job.store,
+            path=config.trace_file,
+            num_steps=config.profiling_steps,
+            num_steps_to_come=self._num_updates - self._optimizer_step,
+            about={
+                "schedule": config.pp_mode,
+                "micro-batches": config.batch_size // config.micro_batch_size,
+                "accumulation": config.gradient_accumulate_step,
+                "device": job.device.type,
+                "transport": job.backend,
+            },
+        )
 
     def _load(self, start: Start) -> None:
         if start.resume_folder is not None:
@@ -142,6 +177,7 @@ class Trainer:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if decision.skip else 0
         self._data_position = feed.state
         num_tokens = feed.tokens[:, :, 0].numel() * self._job.place.dp_size
+        wire = wire_report(decision)
         self._report.row(
             {
                 "step": self._step,
@@ -153,6 +189,9 @@ class Trainer:
                 "target_tokens": feed.num_targets,
                 "tokens_per_s": num_tokens / (time.perf_counter() - started),
                 "data_wait_s": feed.data_wait_s,
+                "wire_bytes": wire.num_bytes,
+                "wire_error": wire.activation_error,
+                "wire_error_grad": wire.gradient_error,
                 "loss_scale": 1.0,
                 "skipped": decision.skip,
             }
@@ -204,6 +243,8 @@ class Trainer:
 
     def _stop_for_data(self) -> None:
         """The data cannot go on: keep what was learnt, then stop on all ranks with rank 0's reason."""
+        if self._profiler is not None:
+            self._profiler.finish()
         if self._step > 0 and self._saved_step != self._step:
             self._save()
         reason = self._feed.error

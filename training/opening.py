@@ -8,10 +8,11 @@ from modules.stage import meta_stage
 from training.config import Config
 from training.flags import flag_name
 from training.job import Job
+from training.plan import PipelinePlan
 from training.report import table
 
 
-def describe_run(config: Config, job: Job, first_step: int) -> str:
+def describe_run(config: Config, job: Job, first_step: int, plan: PipelinePlan) -> str:
     """A few short tables for rank 0's log."""
     place = job.place
     where = f"{job.device}, {job.num_threads} compute thread(s) per rank" if job.device.type == "cpu" else str(job.device)
@@ -23,9 +24,10 @@ def describe_run(config: Config, job: Job, first_step: int) -> str:
         "configuration:",
         table([("flag", "value"), *_resolved_flags(config, job)]),
         "cut:",
-        table([("stage", "layers", "parameters", "fp32 bytes"), *_cut_rows(job)]),
+        table([("stage", "layers", "parameters", "fp32 bytes", "micro-batches in flight"), *_cut_rows(job, plan)]),
+        *plan.reasons,
         "precisions:",
-        table([("of", "dtype", "why"), *_precisions(job)]),
+        table([("of", "dtype", "why"), *_precisions(config, job)]),
         *([f"note: config.json asks for dropout ({dropouts}); this version trains without"] if dropouts else []),
     ]
     return "\n".join(lines)
@@ -46,17 +48,18 @@ def _resolved_flags(config: Config, job: Job) -> list[tuple[str, ...]]:
     return [(flag_name(name), "-" if value is None else str(value)) for name, value in in_force.items()]
 
 
-def _cut_rows(job: Job) -> list[tuple[str, ...]]:
+def _cut_rows(job: Job, plan: PipelinePlan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for s, (first, last) in enumerate(job.cut):
         stage = meta_stage(job.model_config, first, last)
         parts = [*(["embeddings"] if stage.has_embeddings else []), f"{first} .. {last - 1}", *(["head"] if stage.has_head else [])]
         num_parameters = sum(p.numel() for p in stage.parameters())
-        rows.append((str(s), ", ".join(parts), f"{num_parameters:,}", f"{num_parameters * torch.float32.itemsize:,}"))
+        size = f"{num_parameters * torch.float32.itemsize:,}"
+        rows.append((str(s), ", ".join(parts), f"{num_parameters:,}", size, f"at most {plan.in_flight[s]}"))
     return rows
 
 
-def _precisions(job: Job) -> list[tuple[str, ...]]:
+def _precisions(config: Config, job: Job) -> list[tuple[str, ...]]:
     stored = "/".join(sorted({str(job.model.dtype(name)).removeprefix("torch.") for name in job.model.names()}))
     return [
         ("parameters", "fp32", f"computed with directly; files keep the model folder's {stored}"),
@@ -67,5 +70,13 @@ def _precisions(job: Job) -> list[tuple[str, ...]]:
             "fp32",
             "the parameters themselves" + ("" if stored == "float32" else f", saved beside the {stored} files so that a resume is exact"),
         ),
-        ("wire", "fp32", "as computed: what stages and replicas exchange is not rounded"),
+        ("wire, activations", *_on_wire(config.wire_dtype, "--wire-dtype")),
+        ("wire, gradients", *_on_wire(config.wire_dtype_grad, "--wire-dtype-grad")),
+        ("wire, replicas", "fp32", "what replicas exchange is never rounded"),
     ]
+
+
+def _on_wire(dtype: str | None, flag: str) -> tuple[str, str]:
+    if dtype in (None, "none"):
+        return "fp32", "as computed: not rounded"
+    return str(dtype), f"asked for ({flag}); rounding errors are in the log"

@@ -85,7 +85,8 @@ class Report:
             ) from error
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """One optimizer step. ``row`` has at least step, loss, lr, grad_norm, tokens_per_s."""
+        """One optimizer step. ``row`` has at least step, optimizer_step, loss, lr, grad_norm, tokens_per_s, skipped and what is
+        reported of the wire."""
         if not self._speaks:
             return
         assert self._file is not None and self._bar is not None, "rank 0 opened them"
@@ -101,13 +102,14 @@ class Report:
         due = row["step"] // self._logging_steps > before // self._logging_steps or row["step"] >= self._total_steps
         if due:
             log.info(
-                "step %d/%d  loss %s  lr %.3g  grad norm %s  %s tokens/s  ETA %s%s",
+                "step %d/%d  loss %s  lr %.3g  grad norm %s  %s tokens/s%s  ETA %s%s",
                 row["step"],
                 self._total_steps,
                 _number(row["loss"]),
                 row["lr"],
                 _number(row["grad_norm"]),
                 f"{row['tokens_per_s']:,.0f}",
+                _wire(row),
                 self._eta(),
                 "  SKIPPED: loss or gradient not finite" if row["skipped"] else "",
             )
@@ -136,6 +138,14 @@ def _open_log(path: Path) -> TextIO:
             if end.read(1) != b"\n":
                 file.write("\n")
     return file
+
+
+def _wire(row: Mapping[str, Any]) -> str:
+    """What the stages sent each other in this step; empty where there is one stage."""
+    if not row["wire_bytes"]:
+        return ""
+    errors = [f"{kind} {row[key]:.2g}" for kind, key in (("activations", "wire_error"), ("gradients", "wire_error_grad")) if row[key]]
+    return f"  wire {row['wire_bytes'] / 1e6:.3g} MB" + (f" (relative error: {', '.join(errors)})" if errors else "")
 
 
 def _number(value: float | None) -> str:

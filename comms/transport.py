@@ -1,0 +1,157 @@
+"""Messages between two ranks over torch.distributed: bytes in, bytes out, each with a handle that says when it is through.
+
+gloo and nccl differ in all that matters here, and this file is the only place that knows. gloo: tags tell messages apart; the host
+waits; a message's ``is_completed()`` never turns true before somebody waits, so a thread does; CUDA tensors travel through pinned
+host memory. nccl: messages of a group run in the order they were issued; waiting is ordering streams, never the host.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from comms.streams import copy_streams
+
+
+class Pending(Protocol):
+    """A message under way (a concurrent.futures.Future is one)."""
+
+    def done(self) -> bool:
+        """True once it is through, or has failed."""
+
+    def result(self) -> None:
+        """Wait for it. Raises RuntimeError if it failed."""
+
+
+class Transport(Protocol):
+    """Sends and receives flat uint8 messages to and from one peer; message i of either direction carries tag i. max_depth: how many
+    receives may be posted ahead with any use."""
+
+    max_depth: int
+
+    def buffer(self, num_bytes: int) -> Tensor:
+        """Storage to receive into."""
+
+    def receive(self, buffer: Tensor, i: int) -> Pending:
+        """Ask for message i. Returns at once; ``buffer`` is not to be touched until it is through."""
+
+    def send(self, message: Tensor, i: int) -> Pending:
+        """Send message i. Returns at once; holds ``message``, which must not be written to, until it is through."""
+
+    def on_device(self, buffer: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """A received message where the computation can read it, and a function that blocks until ``buffer`` may be used again."""
+
+    def close(self) -> None:
+        """Take nothing more. Does not wait."""
+
+
+class _InOrder:
+    """A thread that does what it is given, one after the other. A daemon: a wait that never ends must not keep the process alive."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Future[None]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, job: Callable[[], object]) -> Pending:
+        future: Future[None] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def close(self) -> None:
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            try:
+                job()
+            except RuntimeError as error:  # how torch.distributed reports a lost peer; raised again where the result is asked for
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+            del item, job, future  # what was sent is freed now, not when the next job comes
+
+
+class GlooTransport:
+    """Over the host's memory and network."""
+
+    max_depth = 64
+
+    def __init__(self, *, send_group: dist.ProcessGroup, recv_group: dist.ProcessGroup, peer: int, device: torch.device) -> None:
+        self._send_group, self._recv_group, self._peer = send_group, recv_group, peer
+        self._pinned = device.type == "cuda"
+        self._streams = copy_streams(device)
+        self._sender, self._watcher = _InOrder("sender"), _InOrder("watcher")
+
+    def buffer(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def receive(self, buffer: Tensor, i: int) -> Pending:
+        work = dist.irecv(buffer, src=self._peer, group=self._recv_group, tag=i)
+        assert work is not None, "both neighbours are members of the group"
+        return self._watcher.submit(work.wait)
+
+    def send(self, message: Tensor, i: int) -> Pending:
+        on_host, copied = self._streams.to_host(message)
+
+        def send_when_copied() -> None:
+            copied()
+            dist.send(on_host, dst=self._peer, group=self._send_group, tag=i)
+
+        return self._sender.submit(send_when_copied)
+
+    def on_device(self, buffer: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        return self._streams.to_device(buffer)
+
+    def close(self) -> None:
+        self._sender.close()
+        self._watcher.close()
+
+
+class NcclTransport:
+    """From GPU to GPU. Both ends issue the messages of a group in the same order, because each direction has a group of its own."""
+
+    max_depth = 2  # one under way, one ready
+
+    def __init__(self, *, send_group: dist.ProcessGroup, recv_group: dist.ProcessGroup, peer: int, device: torch.device) -> None:
+        self._send_group, self._recv_group, self._peer, self._device = send_group, recv_group, peer, device
+
+    def buffer(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def receive(self, buffer: Tensor, i: int) -> Pending:
+        return _NcclPending(dist.irecv(buffer, src=self._peer, group=self._recv_group), buffer)
+
+    def send(self, message: Tensor, i: int) -> Pending:
+        return _NcclPending(dist.isend(message, dst=self._peer, group=self._send_group), message)
+
+    def on_device(self, buffer: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        return buffer, lambda: None  # the next receive into it is ordered behind its readers by the streams
+
+    def close(self) -> None:
+        return None
+
+
+class _NcclPending:
+    """Keeps the tensor of a message alive until the message is through."""
+
+    def __init__(self, work: dist.Work | None, message: Tensor) -> None:
+        assert work is not None, "both neighbours are members of the group"
+        self._work, self._message = work, message
+
+    def done(self) -> bool:
+        return self._work.is_completed()
+
+    def result(self) -> None:
+        self._work.wait()
+
+
+def make_transport(*, send_group: dist.ProcessGroup, recv_group: dist.ProcessGroup, peer: int, device: torch.device) -> Transport:
+    """The transport of these two groups, one per direction, whose members are this rank and ``peer``."""
+    kind = NcclTransport if dist.get_backend(recv_group) == "nccl" else GlooTransport
+    return kind(send_group=send_group, recv_group=recv_group, peer=peer, device=device)

@@ -1,0 +1,299 @@
+"""What forward and backward cost here: every rank trains two random layers for a moment, the first stage's ranks the embeddings
+too, the last stage's the head and the loss.
+
+An even cut knows neither that the head of a large vocabulary costs as much as several layers nor that one machine is slower than the
+next, and a step takes as long as its slowest stage. From what is measured here training/plan.py lays out the pipeline.
+
+Promises: the code that is timed is the code that trains (modules/stage.py); no more memory than the stage will need anyway; torch's
+random state and thread count stay as they are. Left to others: the optimizer's update and the sum over replicas, once per step, and the
+wire.
+
+Legend: B sequences of a micro-batch, T tokens, C width, V vocabulary rows.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from modules.gptj import GPTJConfig
+from modules.lm_ops import HEAD_CHUNK_ROWS, Segments
+from modules.stage import EMBEDDINGS, LM_HEAD, empty_stage, layer_key_of_index, meta_stage
+from pipeline_parallel.partition import Cut, StageCost, explain_cut, size_in_words, stage_bytes, stage_seconds
+from training.report import table
+from user_error import UserError
+
+MIN_ROUNDS = 3
+WARM_UP_SHARE = 0.25  # of the budget
+MEMORY_SHARE = 0.9  # the rest: buffers of links, temporaries of single operations, fragmentation
+ADAMW_FP32_BYTES = 16  # per parameter: weight 4, gradient 4, two moments 8
+POLL_S = 0.02
+CONTROL_GROUP_FILES = {  # by controllers as /proc/self/cgroup has them: version 2, version 1
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+NOISE_ELEMENTS = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCosts:
+    """Of one rank, per micro-batch: medians over ``num_rounds`` timed rounds. embeddings_s, head_s: forward and backward, 0 where not
+    measured. layer_activation_bytes: what one layer keeps between forward and backward where it does not recompute."""
+
+    layer_forward_s: float
+    layer_backward_s: float
+    embeddings_s: float = 0.0
+    head_s: float = 0.0
+    layer_activation_bytes: int = 0
+    num_rounds: int = 0
+
+    @property
+    def layer_s(self) -> float:
+        """Forward and backward of one layer."""
+        return self.layer_forward_s + self.layer_backward_s
+
+
+def measure_costs(
+    config: GPTJConfig,
+    /,
+    *,
+    device: torch.device,
+    micro_batch_size: int,
+    seq_length: int,
+    with_embeddings: bool = True,
+    with_head: bool = True,
+    recomputes: bool = False,
+    memory_limit_bytes: int,
+    budget_s: float,
+) -> MeasuredCosts:
+    """Time forward and backward of one layer, and of the embeddings and the head if asked, on this rank alone, in fp32. recomputes: as
+    Stage.recomputes; the second forward is part of the backward's seconds. A rank whose memory_limit_bytes are too few for a single
+    layer (and the embeddings, the head) measures nothing: no cut will fit it.
+
+    A round runs all of them one after the other, as a stage does, so that none finds the caches to itself. Rounds go on for
+    ``budget_s``, and for at least MIN_ROUNDS; a model with slow layers takes longer. Memory, all of it freed again: weights and
+    gradients of two layers (with AdamW a single one takes as much), of the embeddings and the head, and the activations of two layers.
+    """
+    parameters = count_parameters(config)
+    smallest = parameters.layer + with_embeddings * parameters.embeddings + with_head * parameters.head
+    if smallest * ADAMW_FP32_BYTES > memory_limit_bytes:
+        return MeasuredCosts(layer_forward_s=0.0, layer_backward_s=0.0)
+    try:
+        return _measure(config, device, (micro_batch_size, seq_length), with_embeddings, with_head, recomputes, budget_s)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"measuring two layers with micro-batches of {micro_batch_size} x {seq_length} tokens needs more memory than {device} has. "
+            "Use a smaller --micro-batch-size or --seq-length, or cut by hand with --stage-layers"
+        ) from error
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def describe_cut(costs: Sequence[StageCost], cut: Cut, in_flight: Sequence[int]) -> str:
+    """A table of the stages and, in a sentence, why they are cut so: against the even cut, and what memory had to say."""
+    seconds, needed = stage_seconds(costs, cut), stage_bytes(costs, cut, in_flight)
+    rows: list[tuple[str, ...]] = [("stage", "layers", "ms per micro-batch", "of slowest", "memory needed", "memory available")]
+    for s, (first, last) in enumerate(cut):
+        layers = f"{first}" if last - first == 1 else f"{first} .. {last - 1}"
+        parts = [*(["embeddings"] if s == 0 else []), layers, *(["head"] if s == len(cut) - 1 else [])]
+        share = f"{seconds[s] / max(seconds):.0%}" if max(seconds) > 0 else "-"
+        available = size_in_words(costs[s].memory_limit_bytes)
+        rows.append((str(s), ", ".join(parts), f"{seconds[s] * 1e3:.1f}", share, size_in_words(needed[s]), available))
+    return f"{table(rows)}\n  {explain_cut(costs, cut, in_flight)}"
+
+
+def default_memory_limit(device: torch.device, ranks_here: int) -> int:
+    """Bytes this rank may plan with: MEMORY_SHARE of what is free now, on its GPU, or on its host (in its control group, where that
+    is tighter) divided by the ``ranks_here`` that share it. Call it on all ranks before any of them takes much."""
+    if device.type == "cuda":
+        return int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
+    room = min([psutil.virtual_memory().available, *_control_group_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return int(MEMORY_SHARE * max(0, room)) // ranks_here
+
+
+class ParameterCounts(NamedTuple):
+    """Of one layer, of the embeddings, of the head with the final norm."""
+
+    layer: int
+    embeddings: int
+    head: int
+
+
+def count_parameters(config: GPTJConfig) -> ParameterCounts:
+    """From shapes alone."""
+    whole = meta_stage(dataclasses.replace(config, num_layers=1), 0, 1)
+    counts = {key: sum(p.numel() for _, p in named) for key, named in whole.parameters_by_layer()}
+    return ParameterCounts(counts[layer_key_of_index(0)], counts[EMBEDDINGS], counts[LM_HEAD])
+
+
+class _Trial:
+    """The parts of a stage, with random weights, and one micro-batch. Its methods are the steps of a round, in a stage's order."""
+
+    def __init__(self, config: GPTJConfig, device: torch.device, shape: tuple[int, int], *, with_embeddings: bool, with_head: bool) -> None:
+        """shape: (B, T)."""
+        generator = torch.Generator().manual_seed(0)
+        self.token_ids = torch.randint(config.vocab_size, shape, generator=generator).to(device)  # (B, T)
+        self.hidden = torch.randn(*shape, config.width, generator=generator).to(device)  # (B, T, C), also as a gradient
+        self.segments = Segments.from_positions(torch.arange(shape[1]).expand(shape)).to(device)
+        self.pair = empty_stage(dataclasses.replace(config, num_layers=4), 1, 3, device=device)
+        _fill(self.pair, generator)
+        ends = dataclasses.replace(config, num_layers=2)  # the layers of these two never get storage
+        self.first, self.last = meta_stage(ends, 0, 1), meta_stage(ends, 1, 2)
+        used = [
+            *([self.first.transformer.wte] if with_embeddings else []),
+            *([self.last.transformer.ln_f, self.last.lm_head] if with_head else []),
+        ]
+        for part in used:
+            _fill(part.to_empty(device=device), generator)
+
+    def layers_forward(self) -> None:
+        self.x = self.hidden.clone().requires_grad_()  # (B, T, C)
+        self.y = self.pair(self.x, self.segments)  # (B, T, C)
+
+    def head(self) -> None:
+        hidden = self.y.detach().requires_grad_()  # (B, T, C)
+        self.last.loss_sum(hidden, self.token_ids, 1.0 / self.token_ids.numel()).backward()
+
+    def layers_backward(self) -> None:
+        self.y.backward(self.hidden)
+
+    def embeddings(self) -> None:
+        self.first.transformer.wte(self.token_ids).backward(self.hidden)
+
+    def bytes_kept_per_layer(self) -> int:
+        """Of the storages that a forward saves for its backward, weights excepted."""
+        weights = {p.untyped_storage().data_ptr() for p in self.pair.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.layers_forward()
+        del self.x, self.y  # and with them what was kept
+        return -(-sum(kept.values()) // 2)
+
+
+def _measure(
+    config: GPTJConfig,
+    device: torch.device,
+    shape: tuple[int, int],
+    with_embeddings: bool,
+    with_head: bool,
+    recomputes: bool,
+    budget_s: float,
+) -> MeasuredCosts:
+    """shape: (B, T)."""
+    trial = _Trial(config, device, shape, with_embeddings=with_embeddings, with_head=with_head)
+    steps: dict[str, Callable[[], None]] = {
+        "layer_forward_s": trial.layers_forward,
+        **({"head_s": trial.head} if with_head else {}),
+        "layer_backward_s": trial.layers_backward,
+        **({"embeddings_s": trial.embeddings} if with_embeddings else {}),
+    }
+    started = time.perf_counter()
+    rounds: list[dict[str, float]] = []
+    with torch.enable_grad():
+        kept = trial.bytes_kept_per_layer()
+        trial.pair.recomputes = recomputes
+        _one_round(device, steps)  # the first makes the gradients that later ones are added to
+        if time.perf_counter() - started < WARM_UP_SHARE * budget_s:
+            _one_round(device, steps)
+        while len(rounds) < MIN_ROUNDS or time.perf_counter() - started < budget_s:
+            rounds.append(_one_round(device, steps))
+    medians = {name: median(seconds[name] for seconds in rounds) / (2 if name.startswith("layer") else 1) for name in steps}
+    return MeasuredCosts(**medians, layer_activation_bytes=kept, num_rounds=len(rounds))
+
+
+def _one_round(device: torch.device, steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    seconds = {}
+    for name, step in steps.items():
+        _finish(device)
+        started = time.perf_counter()
+        step()
+        _finish(device)
+        seconds[name] = time.perf_counter() - started
+    return seconds
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, generator: torch.Generator) -> None:
+    """Values of the size of a fresh model's; one short run of random numbers over and over, because drawing billions takes long."""
+    noise = torch.randn(NOISE_ELEMENTS, generator=generator) * 0.02
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            continue
+        for piece in parameter.view(-1).split(NOISE_ELEMENTS):
+            piece.copy_(noise[: len(piece)])
+
+
+def stage_costs(
+    measured: Sequence[Sequence[MeasuredCosts]],
+    memory_limits: Sequence[int],
+    config: GPTJConfig,
+    *,
+    num_tokens: int,
+    recomputes: bool,
+    bytes_per_parameter: int = ADAMW_FP32_BYTES,
+) -> list[StageCost]:
+    """By stage the most that any of its replicas needs. measured: by stage and replica; memory_limits: by stage, in bytes; num_tokens:
+    of a micro-batch; bytes_per_parameter: held all the time."""
+    parameters = count_parameters(config)
+    fp32 = torch.float32.itemsize
+    while_adding = bytes_per_parameter + fp32  # the gradient of one micro-batch exists whole before it is added to the sum
+    hidden = num_tokens * config.width * fp32  # (B, T, C)
+    logits = 2 * min(HEAD_CHUNK_ROWS, num_tokens) * config.vocab_size * fp32
+    stages = []
+    for costs, limit in zip(measured, memory_limits, strict=True):
+        activations = max(cost.layer_activation_bytes for cost in costs)
+        stages.append(
+            StageCost(
+                layer_s=max(cost.layer_s for cost in costs),
+                embeddings_s=max(cost.embeddings_s for cost in costs),
+                head_s=max(cost.head_s for cost in costs),
+                layer_bytes=parameters.layer * bytes_per_parameter,
+                embeddings_bytes=parameters.embeddings * while_adding,
+                head_bytes=parameters.head * while_adding + logits,
+                fixed_bytes=activations if recomputes else 0,  # of the layer whose backward runs
+                layer_bytes_in_flight=hidden if recomputes else activations,
+                output_bytes_in_flight=hidden,
+                memory_limit_bytes=limit,
+            )
+        )
+    return stages
+
+
+def _control_group_rooms(proc: Path, mount: Path) -> list[int]:
+    """Bytes left under each limit of this process's control groups, version 2 or 1; file caches, which give way, count as left."""
+    rooms = []
+    for line in proc.read_text().splitlines() if proc.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in CONTROL_GROUP_FILES:
+            continue
+        root = mount / controllers
+        limit_name, usage_name, cache_name = CONTROL_GROUP_FILES[controllers]
+        folder = root / path.lstrip("/")
+        for group in (folder, *(parent for parent in folder.parents if parent.is_relative_to(root))):
+            limit = group / limit_name
+            if not limit.exists() or not (text := limit.read_text().strip()).isdigit():
+                continue  # no such controller here, or "max"
+            statistics = dict(entry.split(" ", 1) for entry in (group / "memory.stat").read_text().splitlines())
+            rooms.append(int(text) - int((group / usage_name).read_text()) + int(statistics.get(cache_name, 0)))
+    return rooms

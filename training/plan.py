@@ -1,0 +1,174 @@
+"""How this run's pipeline is laid out, settled once before weights are loaded: which layers where, how many micro-batches ahead.
+
+What flags say is taken as it is. What they leave to measuring (--partition measured, --extra-warmup-forwards auto) every rank
+measures at the same time, as it will compute, publishes, and reads from all others; the same figures and the same arithmetic then give
+the same plan everywhere. Promises: nobody measures what no flag asks for; no cut and no number ahead changes a bit of the result.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from comms.probe import LinkTimes, time_link
+from comms.transport import make_transport
+from pipeline_parallel.partition import Cut, best_cut, stage_seconds
+from pipeline_parallel.schedule import PipelineMode, extra_warmup_for, order
+from pipeline_parallel.simulator import peak_in_flight
+from training.config import Config
+from training.gradient import Schedule, wire_codecs
+from training.job import COLLECTIVE_TIMEOUT, Job
+from training.measure import MeasuredCosts, default_memory_limit, describe_cut, measure_costs, stage_costs
+
+CUT_BUDGET_S = 2.0  # of measuring layers: the cut follows from it
+AHEAD_BUDGET_S = 0.2  # a whole number of micro-batches follows from it
+GIB, NO_LIMIT = 2**30, 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinePlan:
+    """The same on all ranks. in_flight: by stage, the most micro-batches whose activations it holds; reasons: for the log, may be empty."""
+
+    cut: Cut
+    schedule: Schedule
+    in_flight: tuple[int, ...]
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one rank found out. link: to the next stage, where there is one and it was asked for."""
+
+    costs: MeasuredCosts
+    memory_limit_bytes: int
+    link: LinkTimes | None
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Measurement":
+        """The reverse of json.dumps(dataclasses.asdict(measurement))."""
+        fields = json.loads(text)
+        link = LinkTimes(**fields["link"]) if fields["link"] is not None else None
+        return cls(costs=MeasuredCosts(**fields["costs"]), memory_limit_bytes=fields["memory_limit_bytes"], link=link)
+
+
+def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
+    """Collective over all ranks. Raises UserError, alike on all ranks, when no cut fits the memory; PeerLost."""
+    wants_cut, wants_links = _wants_cut(config), _wants_links(config)
+    if not (wants_cut or wants_links):
+        return _plan(config, job.cut, (config.extra_warmup or 0,) * (config.num_stages - 1))
+    job.wait_for_all()  # all at once, as in training: ranks of one host share its cores and memory
+    ranks_here = sum(entry["host_id"] == job.roster[job.place.rank]["host_id"] for entry in job.roster)
+    limit = int(config.memory_limit * GIB) if config.memory_limit is not None else default_memory_limit(job.device, ranks_here)
+    costs = measure_costs(
+        job.model_config,
+        device=job.device,
+        micro_batch_size=config.micro_batch_size,
+        seq_length=config.seq_length,
+        with_embeddings=job.place.is_first_stage,
+        with_head=job.place.is_last_stage,
+        recomputes=config.recompute == "layer",
+        memory_limit_bytes=limit if wants_cut else NO_LIMIT,
+        budget_s=CUT_BUDGET_S if wants_cut else AHEAD_BUDGET_S,
+    )
+    mine = Measurement(costs=costs, memory_limit_bytes=limit, link=_time_links(job, config) if wants_links else None)
+    job.store.set(f"measured/{job.place.rank}", json.dumps(dataclasses.asdict(mine)))
+    keys = [f"measured/{rank}" for rank in range(job.place.world_size)]
+    job.store.wait(keys, COLLECTIVE_TIMEOUT)
+    return settle(job, config, [Measurement.from_json(job.store.get(key)) for key in keys])
+
+
+def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> PipelinePlan:
+    """The plan that these measurements, one per rank, lead to. The same on every rank that asks. Raises UserError as best_cut does."""
+    place, num_layers = job.place, job.model_config.num_layers
+    by_stage = [[measurements[rank] for rank in place.replica_ranks_of(s)] for s in range(place.pp_size)]
+    costs = stage_costs(
+        [[m.costs for m in replicas] for replicas in by_stage],
+        [min(m.memory_limit_bytes for m in replicas) for replicas in by_stage],
+        job.model_config,
+        num_tokens=config.micro_batch_size * config.seq_length,
+        recomputes=config.recompute == "layer",
+    )
+    extra_warmup = (config.extra_warmup or 0,) * (place.pp_size - 1)
+    reasons: list[str] = []
+    if _wants_links(config):
+        cut = best_cut(costs, num_layers, [1] * place.pp_size) if _wants_cut(config) else job.cut  # how many ahead is not known yet
+        compute_s = max(stage_seconds(costs, cut))
+        links = [_slowest([m.link for m in replicas if m.link is not None]) for replicas in by_stage[:-1]]
+        extra_warmup = tuple(extra_warmup_for(latency_s=link.latency_s, transfer_s=link.transfer_s, compute_s=compute_s) for link in links)
+        reasons = [_reason(s, link, compute_s, extra_warmup[s]) for s, link in enumerate(links)]
+    if not _wants_cut(config):
+        return _plan(config, job.cut, extra_warmup, reasons)
+    in_flight = _in_flight(config, extra_warmup)
+    cut = best_cut(costs, num_layers, in_flight)
+    return _plan(config, cut, extra_warmup, [describe_cut(costs, cut, in_flight), *reasons])
+
+
+def _wants_cut(config: Config) -> bool:
+    return config.partition == "measured" and config.num_stages > 1
+
+
+def _wants_links(config: Config) -> bool:
+    return config.pp_mode != "gpipe" and config.extra_warmup is None and config.num_stages > 1
+
+
+def _plan(config: Config, cut: Cut, extra_warmup: tuple[int, ...], reasons: Sequence[str] = ()) -> PipelinePlan:
+    assert config.wire_dtype_grad is not None, "parse_config filled it in"
+    schedule = Schedule(
+        mode=config.pp_mode, extra_warmup=extra_warmup, wire_dtype=config.wire_dtype, wire_dtype_grad=config.wire_dtype_grad
+    )
+    return PipelinePlan(cut=cut, schedule=schedule, in_flight=_in_flight(config, extra_warmup), reasons=tuple(reasons))
+
+
+def _in_flight(config: Config, extra_warmup: tuple[int, ...]) -> tuple[int, ...]:
+    def of_stage(stage: int, mode: PipelineMode) -> int:
+        actions = order(
+            mode,
+            stage=stage,
+            num_stages=config.num_stages,
+            num_micro_batches=config.batch_size // config.micro_batch_size,
+            num_accumulation_steps=config.gradient_accumulate_step,
+            extra_warmup=extra_warmup,
+        )
+        return peak_in_flight(actions)
+
+    return tuple(of_stage(stage, config.pp_mode) for stage in range(config.num_stages))
+
+
+def _time_links(job: Job, config: Config) -> LinkTimes | None:
+    """Of the link to the next stage; None on the last one. Every other link at a time, so that no two share a rank."""
+    place, found = job.place, None
+    codecs = wire_codecs(config.wire_dtype, config.wire_dtype_grad or "none", _message_shape(job, config), job.device)
+    for parity in (0, 1):
+        leads = place.pp % 2 == parity
+        pair = job.groups.to_next if leads else job.groups.to_previous
+        if pair is None:
+            continue
+        peer = place.rank + (1 if leads else -1)
+        transport = make_transport(
+            send_group=pair.activations if leads else pair.gradients,
+            recv_group=pair.gradients if leads else pair.activations,
+            peer=peer,
+            device=job.device,
+        )
+        sizes = (codecs[0].num_bytes, codecs[1].num_bytes)
+        times = time_link(transport, leads=leads, num_bytes=sizes, device=job.device, peer_in_words=place.at(peer).in_words)
+        transport.close()
+        if leads:
+            found = times
+    return found
+
+
+def _message_shape(job: Job, config: Config) -> tuple[int, int, int]:
+    return (config.micro_batch_size, config.seq_length, job.model_config.width)
+
+
+def _slowest(links: Sequence[LinkTimes]) -> LinkTimes:
+    """Of a link's replicas: all of them keep the pace of the slowest."""
+    return LinkTimes(latency_s=max(link.latency_s for link in links), transfer_s=max(link.transfer_s for link in links))
+
+
+def _reason(s: int, link: LinkTimes, compute_s: float, extra: int) -> str:
+    return (
+        f"link {s}-{s + 1}: {link.latency_s * 1e3:.2f} ms one way, {link.transfer_s * 1e3:.2f} ms for an activation and its gradient, "
+        f"{compute_s * 1e3:.1f} ms to compute a micro-batch: {extra} more micro-batch{'' if extra == 1 else 'es'} ahead"
+    )
