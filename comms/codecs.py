@@ -66,8 +66,8 @@ def check_width(wire_dtype: WireDtype, width: int) -> None:
     """Raise UserError if tensors of this width (C) cannot be sent as ``wire_dtype``. Needs nothing loaded."""
     if wire_dtype == "int4" and width % INT4_GROUP:
         raise UserError(
-            f"int4 messages between stages give {INT4_GROUP} neighbouring values one scale, so the model's width must be a multiple of "
-            f"{INT4_GROUP}, but it is {width}: use int8 in place of int4 with this model"
+            f"int4 (--wire-dtype, --wire-dtype-grad) gives {INT4_GROUP} neighbouring values one scale, so the model's width must be a "
+            f"multiple of {INT4_GROUP}, but it is {width}: use int8 in place of int4 with this model"
         )
 
 

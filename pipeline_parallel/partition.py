@@ -214,5 +214,6 @@ def _no_cut_fits(costs: Sequence[StageCost], num_layers: int, room: Sequence[int
     reason = f"stage {', '.join(empty)} has no room for a single one" if empty else f"together the stages have room for {sum(room)}"
     return (
         f"the model's {num_layers} layers must fit the memory of the stages; {reason}. With an even cut {stages}. Use more stages "
-        "(--pipeline-group-size), a smaller --micro-batch-size or --seq-length, or ranks with more free memory"
+        "(--pipeline-group-size), --recompute layer, a smaller --micro-batch-size or --seq-length, or ranks with more free "
+        "memory (a higher --memory-limit)"
     )
