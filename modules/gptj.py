@@ -100,12 +100,12 @@ class GPTJAttention(nn.Module):
         self.v_proj = Linear(config.width, config.width, bias=False)
         self.out_proj = Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, segments: Segments, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, T, C); rotary = cos, sin, each (B, T, 1, rotary_dim/2). Returns (B, T, C)."""
+    def forward(self, x: Tensor, segments: Segments, rotary: Tensor) -> Tensor:
+        """x (B, T, C); rotary (B, T, 1, rotary_dim/2) complex64. Returns (B, T, C)."""
         batch, tokens, _ = x.shape
         heads = (batch, tokens, self.num_heads, self.head_width)
-        q = rotate_interleaved(self.q_proj(x).view(heads), *rotary).transpose(1, 2)  # (B, H, T, D)
-        k = rotate_interleaved(self.k_proj(x).view(heads), *rotary).transpose(1, 2)  # (B, H, T, D)
+        q = rotate_interleaved(self.q_proj(x).view(heads), rotary).transpose(1, 2)  # (B, H, T, D)
+        k = rotate_interleaved(self.k_proj(x).view(heads), rotary).transpose(1, 2)  # (B, H, T, D)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
         y = packed_causal_attention(q, k, v, segments).transpose(1, 2).flatten(2)  # (B, T, C)
         return self.out_proj(y)
@@ -133,8 +133,8 @@ class GPTJBlock(nn.Module):
         self.attn = GPTJAttention(config)
         self.mlp = GPTJMLP(config)
 
-    def forward(self, x: Tensor, segments: Segments, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, T, C); rotary = cos, sin, each (B, T, 1, rotary_dim/2). Returns (B, T, C)."""
+    def forward(self, x: Tensor, segments: Segments, rotary: Tensor) -> Tensor:
+        """x (B, T, C); rotary (B, T, 1, rotary_dim/2) complex64. Returns (B, T, C)."""
         h = self.ln_1(x)
         return self.attn(h, segments, rotary) + self.mlp(h) + x
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.gptj import GPTJBlock, GPTJConfig, initial_std
-from modules.lm_ops import Segments, chunked_cross_entropy, rotary_tables
+from modules.lm_ops import Segments, chunked_cross_entropy, rotary_table
 
 EMBEDDINGS, LM_HEAD = "embeddings", "lm_head"
 
@@ -61,7 +61,7 @@ class Stage(nn.Module):
         self.transformer = _Transformer(config, range(first, last), embeddings=self.has_embeddings, final_norm=self.has_head)
         if self.has_head:
             self.lm_head = nn.Linear(config.width, config.vocab_size)
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotary: Tensor | None = None
         self.recomputes = False  # True: only the inputs of layers are kept for the backward, which computes each layer's forward again
 
     @property
@@ -102,12 +102,11 @@ class Stage(nn.Module):
             if key in grouped:
                 yield key, grouped[key]
 
-    def _rotary_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin at ``positions`` (B, T), each (B, T, 1, rotary_dim/2) fp32."""
-        if self._rotary is None or self._rotary[0].device != positions.device:
-            self._rotary = rotary_tables(self.config.num_positions, self.config.rotary_dim, device=positions.device)
-        cos, sin = self._rotary
-        return cos[positions][:, :, None], sin[positions][:, :, None]
+    def _rotary_at(self, positions: Tensor) -> Tensor:
+        """The rotation at ``positions`` (B, T): (B, T, 1, rotary_dim/2) complex64."""
+        if self._rotary is None or self._rotary.device != positions.device:
+            self._rotary = rotary_table(self.config.num_positions, self.config.rotary_dim, device=positions.device)
+        return self._rotary[positions][:, :, None]
 
 
 def empty_stage(config: GPTJConfig, first: int, last: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stage:

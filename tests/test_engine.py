@@ -136,10 +136,10 @@ def test_weight_gradients_fill_the_time_in_which_a_message_is_not_there(model_fo
     run_ranks(rank_main, 2, tmp_path)
 
 
-def test_a_weight_gradient_left_over_has_the_bits_of_autograds_and_is_reported_once() -> None:
+def test_a_weight_gradient_left_over_has_the_bits_of_an_immediate_one_and_is_reported_once() -> None:
     generator = torch.Generator().manual_seed(0)
     for has_bias, shape in itertools.product((True, False), ((7, 24), (2, 5, 24), (1, 1, 24))):
-        plain, own = nn.Linear(24, 36, bias=has_bias), Linear(24, 36, bias=has_bias)
+        plain, own = Linear(24, 36, bias=has_bias), Linear(24, 36, bias=has_bias)
         own.load_state_dict(plain.state_dict())
         complete: list[torch.Tensor] = []
         own.weight_gradients = WeightGradients(complete.append)

@@ -29,6 +29,7 @@ from comms.links import PeerLost, naming_the_peer
 from comms.place import Place
 from comms.rendezvous import Door, agent_store, check_door_is_here, join_store, listen, serve_store
 from comms.spans import Spans
+from training.allocator import keep_freed_memory
 from training.config import Config, shared_flags
 from training.local_facts import LocalFacts, look_around
 from user_error import UserError
@@ -140,6 +141,7 @@ def _form(config: Config, facts: LocalFacts, roster: list[dict[str, Any]], store
     ranks_here = sum(entry["host_id"] == own["host_id"] for entry in roster)
     num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
     torch.set_num_threads(num_threads)
+    keep_freed_memory()
     text = (
         f"the ranks have met, but {facts.place.in_words} did not get its connections to the others over {facts.interface.name} within "
         f"{config.rendezvous_timeout:.0f} s (--rendezvous-timeout). Let any firewall between the hosts pass all ports of that interface"

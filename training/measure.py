@@ -34,7 +34,6 @@ MIN_ROUNDS = 3
 WARM_UP_SHARE = 0.25  # of the budget
 MEMORY_SHARE = 0.9  # the rest: buffers of links, temporaries of single operations, fragmentation
 ADAMW_FP32_BYTES = 16  # per parameter: weight 4, gradient 4, two moments 8
-POLL_S = 0.02
 CONTROL_GROUP_FILES = {  # by controllers as /proc/self/cgroup has them: version 2, version 1
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -72,13 +71,15 @@ def measure_costs(
     recomputes: bool = False,
     memory_limit_bytes: int,
     budget_s: float,
+    others_measure: Callable[[], bool] = lambda: False,
 ) -> MeasuredCosts:
     """Time forward and backward of one layer, and of the embeddings and the head if asked, on this rank alone, in fp32. recomputes: as
     Stage.recomputes; the second forward is part of the backward's seconds. A rank whose memory_limit_bytes are too few for a single
     layer (and the embeddings, the head) measures nothing: no cut will fit it.
 
     A round runs all of them one after the other, as a stage does, so that none finds the caches to itself. Rounds go on for
-    ``budget_s``, and for at least MIN_ROUNDS; a model with slow layers takes longer. Memory, all of it freed again: weights and
+    ``budget_s``, for at least MIN_ROUNDS (a model with slow layers takes longer), and then while ``others_measure()``: a rank that
+    stopped early would leave the slower ones a quieter host than training will. Memory, all of it freed again: weights and
     gradients of two layers (with AdamW a single one takes as much), of the embeddings and the head, and the activations of two layers.
     """
     parameters = count_parameters(config)
@@ -86,7 +87,7 @@ def measure_costs(
     if smallest * ADAMW_FP32_BYTES > memory_limit_bytes:
         return MeasuredCosts(layer_forward_s=0.0, layer_backward_s=0.0)
     try:
-        return _measure(config, device, (micro_batch_size, seq_length), with_embeddings, with_head, recomputes, budget_s)
+        return _measure(config, device, (micro_batch_size, seq_length), with_embeddings, with_head, recomputes, budget_s, others_measure)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"measuring two layers with micro-batches of {micro_batch_size} x {seq_length} tokens needs more memory than {device} has. "
@@ -193,6 +194,7 @@ def _measure(
     with_head: bool,
     recomputes: bool,
     budget_s: float,
+    others_measure: Callable[[], bool],
 ) -> MeasuredCosts:
     """shape: (B, T)."""
     trial = _Trial(config, device, shape, with_embeddings=with_embeddings, with_head=with_head)
@@ -210,7 +212,7 @@ def _measure(
         _one_round(device, steps)  # the first makes the gradients that later ones are added to
         if time.perf_counter() - started < WARM_UP_SHARE * budget_s:
             _one_round(device, steps)
-        while len(rounds) < MIN_ROUNDS or time.perf_counter() - started < budget_s:
+        while len(rounds) < MIN_ROUNDS or time.perf_counter() - started < budget_s or others_measure():
             rounds.append(_one_round(device, steps))
     medians = {name: median(seconds[name] for seconds in rounds) / (2 if name.startswith("layer") else 1) for name in steps}
     return MeasuredCosts(**medians, layer_activation_bytes=kept, num_rounds=len(rounds))

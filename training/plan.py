@@ -57,6 +57,12 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
     if not (wants_cut or wants_links):
         return _plan(config, job.cut, (config.extra_warmup or 0,) * (config.num_stages - 1))
     job.wait_for_all()  # all at once, as in training: ranks of one host share its cores and memory
+
+    def others_measure() -> bool:
+        """Called when this rank has measured enough."""
+        job.store.set(f"measured enough/{job.place.rank}", "1")
+        return not job.store.check([f"measured enough/{rank}" for rank in range(job.place.world_size)])
+
     ranks_here = sum(entry["host_id"] == job.roster[job.place.rank]["host_id"] for entry in job.roster)
     limit = int(config.memory_limit * GIB) if config.memory_limit is not None else default_memory_limit(job.device, ranks_here)
     costs = measure_costs(
@@ -69,7 +75,9 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
         recomputes=config.recompute == "layer",
         memory_limit_bytes=limit if wants_cut else NO_LIMIT,
         budget_s=CUT_BUDGET_S if wants_cut else AHEAD_BUDGET_S,
+        others_measure=others_measure,
     )
+    others_measure()  # also where there was no room to measure
     mine = Measurement(costs=costs, memory_limit_bytes=limit, link=_time_links(job, config) if wants_links else None)
     job.store.set(f"measured/{job.place.rank}", json.dumps(dataclasses.asdict(mine)))
     keys = [f"measured/{rank}" for rank in range(job.place.world_size)]
