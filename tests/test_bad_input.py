@@ -83,6 +83,8 @@ def refused(tmp_path: Path, *wanted: str, stages: int = 2, everywhere: bool = Tr
         ({"stage_layers": "two,2"}, ("one whole number per stage", "'two,2'")),
         ({"stage_layers": "2,2", "partition": "measured"}, ("--stage-layers and --partition measured are given",)),
         ({"memory_limit": 0}, ("--memory-limit must be above 0 GiB",)),
+        ({"memory_limit": 4}, ("--memory-limit is what --partition measured keeps to",)),
+        ({"pp_mode": "gpipe", "extra_warmup_forwards": 2}, ("--extra-warmup-forwards is for --pp-mode 1f1b and zb",)),
         ({"partition": "measured", "memory_limit": 1e-5}, ("must fit the memory of the stages", "it has 0.01 MB", "--memory-limit")),
         ({"profiling": "tidy_profiling", "trace_path": "/proc/no/such/trace.json"}, ("/proc/no/such",)),
         ({"profiling_steps": 0}, ("--profiling-steps must be at least 1",)),

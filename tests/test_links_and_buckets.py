@@ -31,7 +31,7 @@ from training.job import COLLECTIVE_TIMEOUT
 from user_error import UserError
 
 
-@pytest.mark.parametrize("mode", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("mode", ["gpipe", "1f1b", "zb"])
 def test_the_first_bucket_is_launched_while_the_last_backward_runs(model_folder: Path, tmp_path: Path, mode: PipelineMode) -> None:
     tokens, num_targets = example_tokens(8, 24, 320)
 
@@ -58,7 +58,9 @@ def test_the_first_bucket_is_launched_while_the_last_backward_runs(model_folder:
         assert [span.micro_batch for span in backwards] == [0, 1]
         assert len(launches) == 6, "embeddings, four layers and head: a bucket never joins two"
         assert losses[-1].end <= launches[0].start < backwards[-1].end, "the first bucket starts inside the last backward"
-        assert launches[-2].start < backwards[-1].end
+        last_work = [span for span in spans.recorded if span.name in ("backward", "weight gradient")][-1]
+        assert (last_work.name == "weight gradient") == (mode == "zb")
+        assert launches[-2].start < last_work.end, "all but the embeddings' leave before the last gradient is added"
 
     run_ranks(rank_main, 2, tmp_path)
 

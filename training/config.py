@@ -71,7 +71,9 @@ class Config:
         group=_GRID,
     )
     memory_limit: float | None = flag(
-        None, "GiB this rank's stage may take, for --partition measured; left out: 90 % of what is free at the start", group=_GRID
+        None,
+        "GiB of tensors this rank's stage may take, for --partition measured; left out: 90 % of what is free at the start",
+        group=_GRID,
     )
     pp_mode: PipelineMode = flag(
         "1f1b",
@@ -316,6 +318,10 @@ def _not_fitting(config: Config) -> list[str]:
             f"{config.total_steps} is none of "
             f"{config.gradient_accumulate_step}. Use {fitting}"
         )
+    if config.pp_mode == "gpipe" and config.extra_warmup_forwards != "auto":
+        problems.append("--extra-warmup-forwards is for --pp-mode 1f1b and zb; gpipe runs all forwards ahead anyway. Leave it out")
+    if config.memory_limit is not None and config.partition != "measured":
+        problems.append("--memory-limit is what --partition measured keeps to; nothing else reads it. Leave it out, or measure the cut")
     cuts = {"--num-layers": config.num_layers, "--stage-layers": config.stage_layers}
     cuts["--partition measured"] = None if config.partition == "even" else config.partition
     given = [name for name, value in cuts.items() if value is not None]
