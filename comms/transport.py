@@ -25,7 +25,7 @@ class Pending(Protocol):
         """True once it is through, or has failed."""
 
     def result(self) -> None:
-        """Wait for it. Raises RuntimeError if it failed."""
+        """Wait for it. Raises what it failed with; RuntimeError for a lost peer."""
 
 
 class Transport(Protocol):
@@ -70,7 +70,7 @@ class _InOrder:
             job, future = item
             try:
                 job()
-            except RuntimeError as error:  # how torch.distributed reports a lost peer; raised again where the result is asked for
+            except BaseException as error:  # whatever it is, raised again where the result is asked for: else that would wait for ever
                 future.set_exception(error)
             else:
                 future.set_result(None)

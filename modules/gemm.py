@@ -1,9 +1,9 @@
 """The matrix product behind every linear of the model, on the fastest fp32 kernel that this torch has.
 
 Why not F.linear on a CPU: it calls MKL, which gives AMD processors its AVX2 kernels. oneDNN, which torch's x86 builds carry too, takes
-AVX-512 wherever the processor has it (twice the speed on Zen 5), and its bits depend on shapes alone: not on alignment, strides or the
-number of threads. For fp32, torch reaches it only through an operator made for its own compiler; where a build lacks that, and on every
-other device, F.linear computes the same product.
+AVX-512 wherever the processor has it (twice the speed on Zen 5), and its bits do not depend on where a tensor lies (they do on
+shapes, on layouts and, for some shapes, on the number of threads). For fp32, torch reaches it only through an operator made for its
+own compiler; where a build lacks that, and on every other device, F.linear computes the same product.
 
 oneDNN compiles a kernel for every new shape: some ms, and a block on the heap that may keep a freed one beside it from being used again.
 Callers therefore keep to few shapes.

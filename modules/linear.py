@@ -42,6 +42,12 @@ class WeightGradients:
         self._left_over.append(_LeftOver(self.micro_batch, self.is_final, linear, x.flatten(0, -2), grad.flatten(0, -2)))
 
     @property
+    def num_bytes(self) -> int:
+        """What the entries keep from being freed."""
+        tensors = [tensor for left_over in self._left_over for tensor in (left_over.x, left_over.grad)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    @property
     def next_micro_batch(self) -> int | None:
         """Whose turn it is; None when nothing is left over."""
         return self._left_over[0].micro_batch if self._left_over else None

@@ -73,7 +73,10 @@ def rotate_interleaved(x: Tensor, rotary: Tensor) -> Tensor:
     and odd channels on a CPU), and so does its backward.
     """
     rotary_dim = 2 * rotary.shape[-1]
-    pairs = torch.view_as_complex(x[..., :rotary_dim].unflatten(-1, (-1, 2)))  # (B, T, H, rotary_dim/2)
+    turned = x[..., :rotary_dim]  # (B, T, H, rotary_dim)
+    if x.shape[-1] % 2:
+        turned = turned.contiguous()  # a complex number starts at an even place
+    pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))  # (B, T, H, rotary_dim/2)
     rotated = torch.view_as_real(pairs * rotary).flatten(-2)  # (B, T, H, rotary_dim)
     return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)  # (B, T, H, D)
 

@@ -1,7 +1,7 @@
 """Cut L layers into S stages: evenly, by hand, or by what each stage would cost.
 
 Pure: numbers in, ranges of layers out; every layer is covered, every stage gets one. Left to others: finding out the costs
-(training/measured_cut.py).
+(training/plan.py).
 """
 
 import heapq
@@ -143,8 +143,8 @@ def layers_that_fit(costs: Sequence[StageCost], num_layers: int, in_flight: Sequ
 
 
 def size_in_words(num_bytes: int) -> str:
-    """A number of bytes for people, in decimal units."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
+    """A number of bytes for people, in the unit of --memory-limit."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def explain_cut(costs: Sequence[StageCost], cut: Cut, in_flight: Sequence[int]) -> str:
@@ -214,6 +214,6 @@ def _no_cut_fits(costs: Sequence[StageCost], num_layers: int, room: Sequence[int
     reason = f"stage {', '.join(empty)} has no room for a single one" if empty else f"together the stages have room for {sum(room)}"
     return (
         f"the model's {num_layers} layers must fit the memory of the stages; {reason}. With an even cut {stages}. Use more stages "
-        "(--pipeline-group-size), --recompute layer, a smaller --micro-batch-size or --seq-length, or ranks with more free "
-        "memory (a higher --memory-limit)"
+        "(--pipeline-group-size), --recompute layer (not in zb), --extra-warmup-forwards 0, a smaller --micro-batch-size or --seq-length, "
+        "or ranks with more free memory (a higher --memory-limit)"
     )

@@ -73,7 +73,7 @@ def extra_warmup_for(*, latency_s: float, transfer_s: float, compute_s: float) -
     """ceil((2 * latency + transfer) / compute): further micro-batches a link needs in flight so that nobody waits for it.
 
     latency_s: one way; transfer_s: an activation's and its gradient's together; compute_s: forward and backward of one micro-batch on
-    the slower neighbour. A wait below NEGLIGIBLE_WAIT of the compute counts as none."""
+    the slowest stage, whose pace the pipeline keeps. A wait below NEGLIGIBLE_WAIT of the compute counts as none."""
     assert compute_s > 0, "computing takes time"
     return max(0, math.ceil((2 * latency_s + transfer_s) / compute_s - NEGLIGIBLE_WAIT))
 

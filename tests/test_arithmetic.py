@@ -49,13 +49,16 @@ def test_a_frozen_linear_forms_no_weight_gradient(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(not gemm._HAS_ONEDNN, reason="this torch computes fp32 products elsewhere")
-def test_the_bits_of_a_product_do_not_depend_on_alignment_strides_or_threads() -> None:
-    x, weight = drawn(70, 48), drawn(100, 48, seed=1)
+@pytest.mark.parametrize("shape", [(70, 48, 100), (17, 337, 45), (512, 64, 64), (1, 4096, 33), (16, 5000, 16)], ids=str)
+def test_the_bits_of_a_product_do_not_depend_on_where_its_factors_lie(shape: tuple[int, int, int]) -> None:
+    rows, inner, columns = shape
+    x, weight = drawn(rows, inner), drawn(columns, inner, seed=1)
     expected = gemm.linear(x, weight)
     for offset in (1, 5, 16):
         moved = torch.empty(x.numel() + offset)[offset:].view_as(x).copy_(x)
-        assert torch.equal(gemm.linear(moved, weight), expected)
-    assert torch.equal(gemm.linear(x.t().contiguous().t(), weight.t().contiguous().t()), expected)
+        moved_weight = torch.empty(weight.numel() + offset)[offset:].view_as(weight).copy_(weight)
+        assert torch.equal(gemm.linear(moved, moved_weight), expected)
+    assert torch.equal(gemm.linear(x.t().contiguous().t(), weight), expected)
     exact = x.double() @ weight.double().t()
     assert (expected - exact).norm() / exact.norm() < 1e-6, "fp32, not a shorter format"
 
@@ -70,6 +73,18 @@ def test_rotation_turns_pairs_by_position_times_frequency(rotary_dim: int) -> No
         torch.testing.assert_close(seen[..., 2 * i], even * angle.cos() - odd * angle.sin())
         torch.testing.assert_close(seen[..., 2 * i + 1], odd * angle.cos() + even * angle.sin())
     assert torch.equal(seen[..., rotary_dim:], x[..., rotary_dim:])
+
+
+@pytest.mark.parametrize("head_width", [15, 16])
+def test_heads_of_odd_width_are_turned_too(head_width: int) -> None:
+    """Their pairs do not all start at even places, which complex numbers must; torch then refuses to view them as such."""
+    projected, rotary = drawn(2, 5, 3 * head_width).requires_grad_(), rotary_table(5, 4)[None, :, None]
+    seen = rotate_interleaved(projected.view(2, 5, 3, head_width), rotary)
+    for head in range(3):
+        alone = rotate_interleaved(projected[..., head * head_width : (head + 1) * head_width].reshape(2, 5, 1, head_width), rotary)
+        torch.testing.assert_close(seen[:, :, head : head + 1], alone)
+    seen.sum().backward()
+    assert projected.grad is not None and projected.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("rotary_dim", [8, 16])
@@ -89,7 +104,7 @@ def test_freed_memory_is_used_again_without_page_faults(tmp_path) -> None:  # ty
             del blocks
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         print(faults)
-        return 0 if faults[-1] < 100 else 1
+        return 0 if faults[-1] < faults[0] / 4 else 1  # a block may find no place of its size
 
     process = fork(work, tmp_path / "output")
     assert process.wait(30) == 0, process.text

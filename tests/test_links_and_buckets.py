@@ -235,6 +235,54 @@ def test_each_direction_has_its_codec_and_says_what_it_cost(tmp_path: Path, acti
     run_ranks(rank_main, 2, tmp_path)
 
 
+def test_whatever_goes_wrong_in_a_thread_of_a_link_comes_out_where_its_result_is_asked_for(tmp_path: Path) -> None:
+    """A thread that died with its error would leave everybody waiting for ever."""
+
+    def rank_main(rank: int, store: dist.Store) -> None:
+        codec = make_codec("none", shape=(2,), dtype=torch.float32)
+        link = make_link(pair_of_ranks(rank, store), rank, (codec, codec), depth=1)
+        transport = link._transport
+        assert isinstance(transport, GlooTransport)
+        for error in (ValueError("odd"), MemoryError("full")):
+
+            def fail(error: BaseException = error) -> None:
+                raise error
+
+            with pytest.raises(type(error), match=str(error)):
+                transport._sender.submit(fail).result()
+        assert transport._sender.submit(lambda: None).result() is None, "the thread goes on"
+
+    run_ranks(rank_main, 2, tmp_path)
+
+
+def test_receives_are_posted_as_far_ahead_as_messages_may_be_under_way(model_folder: Path, tmp_path: Path) -> None:
+    """On gloo a receive that is posted late costs a round trip."""
+    tokens, num_targets = example_tokens(8, 24, 320)
+
+    def rank_main(rank: int, store: dist.Store) -> None:
+        posted: list[int] = []
+        post = ProcessGroupLink.post
+        ProcessGroupLink.post = lambda self, n: (post(self, n), posted.append(len(self._receives)))[0]  # type: ignore[method-assign]
+        groups = pair_of_ranks(rank, store)
+        for schedule, expected in ((Schedule(mode="gpipe"), 8), (Schedule(), 4), (Schedule(extra_warmup=(5,)), 7)):
+            gradient = GlobalGradient(
+                place=place_of(rank, dp_size=1, pp_size=2),
+                groups=groups,
+                stage=load(model_folder, *((0, 2), (2, 4))[rank]),
+                spans=Spans(),
+                peer_names=["", ""],
+                schedule=schedule,
+                batch_size=8,
+                micro_batch_size=1,
+                seq_length=24,
+                clip_grad_norm=0,
+            )
+            gradient.compute(tokens[None], num_targets)
+            assert posted.pop() == expected
+
+    run_ranks(rank_main, 2, tmp_path)
+
+
 def test_a_lost_neighbour_is_named(tmp_path: Path) -> None:
     def rank_main(rank: int, store: dist.Store) -> None:
         groups = pair_of_ranks(rank, store)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from harness import run_ranks, train_argv
 
 from comms.place import place_of
+from comms.probe import LinkTimes
 from modules.gptj import GPTJBlock, GPTJConfig
 from modules.stage import Stage
 from pipeline_parallel.partition import (
@@ -35,7 +36,7 @@ from pipeline_parallel.partition import (
 from training import measure
 from training.config import Config, parse_config
 from training.measure import MeasuredCosts, count_parameters, default_memory_limit, describe_cut, measure_costs, stage_costs
-from training.plan import Measurement, agree_on_plan, settle
+from training.plan import Measurement, PipelinePlan, agree_on_plan, settle
 from user_error import UserError
 
 PLENTY = 10**15
@@ -188,8 +189,8 @@ def test_memory_includes_what_is_in_flight_and_the_message_says_what_was_missing
         best_cut(costs, 8, [10, 1])
     assert str(caught.value).startswith(
         "the model's 8 layers must fit the memory of the stages; together the stages have room for 7. With an even cut stage 0 needs "
-        "17.10 GB for 4 layer(s) and 10 micro-batch(es) in flight, it has 16.00 GB, room for 3; stage 1 needs 13.41 GB for 4 layer(s) and "
-        "1 micro-batch(es) in flight, it has 16.00 GB, room for 4. Use more stages (--pipeline-group-size)"
+        "15.93 GiB for 4 layer(s) and 10 micro-batch(es) in flight, it has 14.90 GiB, room for 3; stage 1 needs 12.49 GiB for 4 "
+        "layer(s) and 1 micro-batch(es) in flight, it has 14.90 GiB, room for 4. Use more stages (--pipeline-group-size)"
     )
     with pytest.raises(UserError, match="stage 1 has no room for a single one"):
         best_cut([plain, replace(plain, memory_limit_bytes=10**9)], 4, [1, 1])
@@ -200,8 +201,8 @@ def test_the_table_gives_the_stages_and_the_sentence_the_reason() -> None:
     text = describe_cut(costs, best_cut(costs, 8, [1, 1]), [1, 1])
     assert text.splitlines() == [
         "  stage  layers              ms per micro-batch  of slowest  memory needed  memory available",
-        "  0      embeddings, 0 .. 5  61.0                100%        6.00 MB        1.00 GB",
-        "  1      6 .. 7, head        59.0                97%         2.00 MB        1.00 GB",
+        "  0      embeddings, 0 .. 5  61.0                100%        5.72 MiB       953.67 MiB",
+        "  1      6 .. 7, head        59.0                97%         1.91 MiB       953.67 MiB",
         "  even cut: slowest stage 79.0 ms; measured cut: 61.0 ms, 1.30 times faster; the head costs as much as 3.9 layers",
     ]
     unlike = [StageCost(layer_s=0.01, memory_limit_bytes=PLENTY), StageCost(layer_s=0.03, memory_limit_bytes=PLENTY)]
@@ -253,7 +254,7 @@ def test_recomputing_is_measured_as_it_trains(monkeypatch: pytest.MonkeyPatch) -
     for recomputes, forwards_per_round in ((False, 1), (True, 2)):
         calls.clear()
         costs = measured(recomputes=recomputes, with_head=False, budget_s=0)
-        assert len(calls) == 2 * (1 + forwards_per_round * (1 + costs.num_rounds)), "two layers: count bytes, warm up, time"
+        assert len(calls) == 2 * (2 + forwards_per_round * (1 + costs.num_rounds)), "two layers: count bytes twice, warm up, time"
         kept[recomputes] = costs.layer_activation_bytes
     assert kept[True] == kept[False], "of the one layer whose backward runs, or of all of them"
 
@@ -273,6 +274,7 @@ def job_of(rank: int, store: dist.Store | None, *, pp_size: int, dp_size: int = 
         wait_for_all=wait_for_all,
         roster=[{"host_id": "here"}] * world_size,
         device=CPU,
+        num_threads=1,
         model_config=HEAVY_HEAD,
         cut=even_cut(HEAVY_HEAD.num_layers, pp_size),
     )
@@ -347,17 +349,40 @@ def test_a_stage_is_as_slow_as_its_slowest_replica_and_has_the_memory_of_its_sma
     for limit, expected in ((needed, [2, 4]), (needed - 1, [1, 5])):
         small = measurement(limit=limit)
         assert sizes(settle(job, config, [alike[0], alike[1], small, alike[3]]).cut) == expected
-    with pytest.raises(UserError, match=r"stage 0 has no room for a single one.*it has 1\.00 MB, room for 0"):
+    with pytest.raises(UserError, match=r"stage 0 has no room for a single one.*it has 0\.95 MiB, room for 0"):
         settle(job, config, [alike[0], alike[1], measurement(limit=10**6), alike[3]])
 
 
 def test_recomputed_layers_take_less_memory_per_micro_batch_in_flight() -> None:
-    costs = [[MeasuredCosts(layer_forward_s=0.001, layer_backward_s=0.002, layer_activation_bytes=10**6)]] * 2
+    costs = [
+        [MeasuredCosts(layer_forward_s=0.001, layer_backward_s=0.002, layer_activation_bytes=10**6, layer_left_over_bytes=8 * 10**5)]
+    ] * 2
     hidden = 2 * 32 * 32 * 4
-    plain, recomputed = (stage_costs(costs, [PLENTY] * 2, HEAVY_HEAD, num_tokens=2 * 32, recomputes=on)[0] for on in (False, True))
+    plain, recomputed, left_over = (
+        stage_costs(costs, [PLENTY] * 2, HEAVY_HEAD, num_tokens=2 * 32, recomputes=recomputes, leaves_weight_gradients=leaves)[0]
+        for recomputes, leaves in ((False, False), (True, False), (True, True))
+    )
     assert (plain.fixed_bytes, plain.layer_bytes_in_flight) == (0, 10**6)
     assert (recomputed.fixed_bytes, recomputed.layer_bytes_in_flight) == (10**6, hidden), "all of one layer, the inputs of the others"
+    assert left_over.layer_bytes_in_flight == 8 * 10**5, "in zb a micro-batch may wait for its weight gradients, recomputed or not"
     assert plain.output_bytes_in_flight == recomputed.output_bytes_in_flight == hidden
+
+
+def test_memory_limits_how_far_ahead_auto_goes_and_the_reason_says_so() -> None:
+    job, config = job_of(0, None, pp_size=2), config_of(stages=2, extra_warmup_forwards="auto", batch_size=32, micro_batch_size=1)
+    layer, embeddings, _ = count_parameters(HEAVY_HEAD)
+    costs = MeasuredCosts(layer_forward_s=0.001, layer_backward_s=0.002, layer_activation_bytes=layer)
+    far = LinkTimes(latency_s=0.5, transfer_s=0.0)  # asks for all 32 micro-batches
+    needs_two_ahead = 16 * layer + 20 * embeddings + 4 * (layer + 32 * 32 * 4)  # of one layer
+    enough = 10**9
+
+    def plan(limit: int) -> PipelinePlan:
+        return settle(job, config, [Measurement(costs=costs, memory_limit_bytes=m, link=far) for m in (limit, enough)])
+
+    assert plan(enough).schedule.extra_warmup == (32,)
+    assert plan(needs_two_ahead).schedule.extra_warmup == (2,)
+    assert "memory allows 2 ahead (by link)" in plan(needs_two_ahead).reasons
+    assert plan(needs_two_ahead - 1).schedule.extra_warmup == (1,)
 
 
 def test_a_rank_without_room_for_one_layer_does_not_try(monkeypatch: pytest.MonkeyPatch) -> None:

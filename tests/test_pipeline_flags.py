@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from conftest import make_model, make_tokenizer
 from harness import equal_files, log_rows, losses, train
 
 from comms.spans import CATEGORIES
+from training import allocator, job, tracing
 
 STEPS = 4
 
@@ -84,6 +86,18 @@ def test_the_start_shows_cut_plan_and_links_and_the_log_what_was_sent(flags: dic
     assert re.search(r"wire 0\.\d+ MB \(relative error: activations 0\.00\d+, gradients 0\.00\d+\)", first.text)
 
 
+def test_every_rank_keeps_its_freed_memory(flags: dict[str, Any], tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        def told() -> None:
+            (tmp_path / f"told{rank}").touch()
+            allocator.keep_freed_memory()
+
+        job.keep_freed_memory = told
+
+    train(tmp_path, stages=2, before=before, checkpoint_path=tmp_path / "run", **flags)
+    assert (tmp_path / "told0").exists() and (tmp_path / "told1").exists()
+
+
 def test_without_links_or_rounding_the_log_says_so(flags: dict[str, Any], reference: Path) -> None:
     assert all(row["wire_bytes"] == 0 and row["wire_error"] is None for row in log_rows(reference))
 
@@ -121,6 +135,21 @@ def test_profiling_writes_one_trace_of_all_ranks_and_changes_no_bit(flags: dict[
     assert wanted <= {event["cat"] for event in events}
     train(tmp_path / "plain", stages=2, replicas=2, checkpoint_path=tmp_path / "plain_run", pp_mode="zb", **{**flags, "batch_size": 2})
     assert losses(tmp_path / "run") == losses(tmp_path / "plain_run")
+
+
+def test_a_trace_that_cannot_be_written_in_the_end_costs_no_training(flags: dict[str, Any], tmp_path: Path) -> None:
+    """The folder is there when the run starts, and gone when the trace is due."""
+
+    def before(rank: int) -> None:
+        write = tracing.write_trace
+        if rank == 0:
+            tracing.write_trace = lambda path, trace: (shutil.rmtree(path.parent), write(path, trace))[1]
+
+    trace_path = tmp_path / "gone" / "trace.json"
+    profiled = {"profiling": "tidy_profiling", "profiling_steps": 1, "trace_path": trace_path}
+    first, *_ = train(tmp_path, stages=2, before=before, checkpoint_path=tmp_path / "run", **profiled, **flags)
+    assert "there is no trace:" in first.text and "The training goes on" in first.text
+    assert (tmp_path / "run" / str(STEPS) / "manifest.json").exists()
 
 
 def test_the_trace_is_beside_the_checkpoints_where_no_path_is_given(flags: dict[str, Any], tmp_path: Path) -> None:

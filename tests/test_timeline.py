@@ -411,6 +411,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(tmp_p
         with pytest.raises(UserError, match=rf"--profiling tidy_profiling writes its trace .*{reason}.*Name a file"):
             check_trace_path(path)
     assert (tmp_path / "file").read_text() == "kept"
+    model = tmp_path / "config.json"
+    model.write_text('{"model_type": "gptj"}')
+    with pytest.raises(UserError, match=r"config\.json cannot be it: it holds something else, which would be lost"):
+        check_trace_path(model)
+    assert model.read_text() == '{"model_type": "gptj"}'
+    (tmp_path / "empty").touch()
+    check_trace_path(tmp_path / "empty")
     check_trace_path(tmp_path / "new" / "folders" / "trace.json")
     assert list((tmp_path / "new" / "folders").iterdir()) == [], "looking leaves nothing behind"
 

@@ -7,6 +7,7 @@ training.config`` prints docs/flags.md."""
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +89,10 @@ class Config:
         group=_GRID,
     )
     recompute: Literal["none", "layer"] = flag(
-        "none", "layer: keep only the inputs of layers for the backward and compute each forward twice; the same bits", group=_GRID
+        "none",
+        "layer: keep only the inputs of layers for the backward and compute each forward twice; the same bits; in zb, what the "
+        "weight gradients need is kept from the backward until their turn",
+        group=_GRID,
     )
     wire_dtype: WireDtype = flag(
         "none",
@@ -152,7 +156,9 @@ class Config:
         "tidy_profiling: write one Chrome/Perfetto trace of all ranks; draw it with python -m training.timeline TRACE --png FILE",
         group=_REPORT,
     )
-    profiling_steps: int = flag(5, "optimizer steps in the trace: the second and those after it", group=_REPORT)
+    profiling_steps: int = flag(
+        5, "optimizer steps in the trace: the second and those after it (a run without as many more: its last ones)", group=_REPORT
+    )
     trace_path: str | None = flag(None, "file of the trace; left out: trace.json in --checkpoint-path", group=_REPORT)
 
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "what this process computes on; auto: CUDA where there is one", group=_MACHINE)
@@ -278,10 +284,10 @@ def _out_of_range(config: Config) -> list[str]:
         value = getattr(config, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             problems.append(f"--{name.replace('_', '-')} must be 0 or more; it is {value}")
-    if config.extra_warmup_forwards != "auto" and not config.extra_warmup_forwards.isdecimal():
-        problems.append(f"--extra-warmup-forwards must be auto or a whole number of at least 0; it is {config.extra_warmup_forwards!r}")
-    if config.memory_limit is not None and not (config.memory_limit > 0 and math.isfinite(config.memory_limit)):
-        problems.append(f"--memory-limit must be above 0 GiB; it is {config.memory_limit}")
+    if not re.fullmatch(r"auto|[0-9]{1,4}", config.extra_warmup_forwards):
+        problems.append(f"--extra-warmup-forwards must be auto or a whole number of 0 .. 9999; it is {config.extra_warmup_forwards!r}")
+    if config.memory_limit is not None and not 0 < config.memory_limit <= 2**20:
+        problems.append(f"--memory-limit must be above 0 GiB and at most {2**20}; it is {config.memory_limit}")
     if config.seq_length < 2:
         problems.append(f"--seq-length must be at least 2, or there is nothing to predict; it is {config.seq_length}")
     for name in ("adam_beta1", "adam_beta2"):
@@ -320,6 +326,8 @@ def _not_fitting(config: Config) -> list[str]:
         )
     if config.pp_mode == "gpipe" and config.extra_warmup_forwards != "auto":
         problems.append("--extra-warmup-forwards is for --pp-mode 1f1b and zb; gpipe runs all forwards ahead anyway. Leave it out")
+    if config.trace_path is not None and config.profiling != "tidy_profiling":
+        problems.append("--trace-path is where --profiling tidy_profiling writes; nothing else does. Leave it out, or ask for profiling")
     if config.memory_limit is not None and config.partition != "measured":
         problems.append("--memory-limit is what --partition measured keeps to; nothing else reads it. Leave it out, or measure the cut")
     cuts = {"--num-layers": config.num_layers, "--stage-layers": config.stage_layers}

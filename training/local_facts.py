@@ -59,7 +59,7 @@ def look_around(config: Config) -> LocalFacts:
             f"{model_config.num_positions}. "
             f"Use {model_config.num_positions} or less"
         )
-    for wire_dtype in (config.wire_dtype, config.wire_dtype_grad or "none"):
+    for wire_dtype in (config.wire_dtype, config.wire_dtype_grad or "none") if config.num_stages > 1 else ():
         check_width(wire_dtype, model_config.width)
     cut = _cut(config, model_config.num_layers)
     return LocalFacts(place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut)

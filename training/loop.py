@@ -1,6 +1,6 @@
 """The meeting place: one optimizer step after the other, from a formed job to the final checkpoint.
 
-One step: tokens arrive -> the engine plays the schedule once per accumulation step -> buckets are summed over replicas while the
+One step: tokens arrive -> the engine plays the schedule over all accumulation steps -> buckets are summed over replicas while the
 last backward runs -> one reduction decides skip and clip alike on all ranks -> update -> log -> checkpoint when due. ``step``
 counts accumulation steps wherever the user sees it; saves and the end fall on optimizer-step boundaries, at or after the step
 that was asked for."""

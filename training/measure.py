@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import psutil
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.gptj import GPTJConfig
+from modules.linear import WeightGradients, linears
 from modules.lm_ops import HEAD_CHUNK_ROWS, Segments
 from modules.stage import EMBEDDINGS, LM_HEAD, empty_stage, layer_key_of_index, meta_stage
 from pipeline_parallel.partition import Cut, StageCost, explain_cut, size_in_words, stage_bytes, stage_seconds
@@ -43,14 +43,16 @@ NOISE_ELEMENTS = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredCosts:
-    """Of one rank, per micro-batch: medians over ``num_rounds`` timed rounds. embeddings_s, head_s: forward and backward, 0 where not
-    measured. layer_activation_bytes: what one layer keeps between forward and backward where it does not recompute."""
+    """Of one rank, per micro-batch: lower quartiles over ``num_rounds`` timed rounds. embeddings_s, head_s: forward and backward, 0
+    where not measured. layer_activation_bytes: what one layer keeps between forward and backward where it does not recompute;
+    layer_left_over_bytes: between backward and weight gradients, where those are left for later."""
 
     layer_forward_s: float
     layer_backward_s: float
     embeddings_s: float = 0.0
     head_s: float = 0.0
     layer_activation_bytes: int = 0
+    layer_left_over_bytes: int = 0
     num_rounds: int = 0
 
     @property
@@ -185,6 +187,17 @@ class _Trial:
         del self.x, self.y  # and with them what was kept
         return -(-sum(kept.values()) // 2)
 
+    def bytes_left_over_per_layer(self) -> int:
+        """Of the inputs and gradients that wait for the weight gradients to be formed."""
+        left_over = WeightGradients(lambda _: None)
+        for linear in linears(self.pair):
+            linear.weight_gradients = left_over
+        self.layers_forward()
+        self.layers_backward()
+        for linear in linears(self.pair):
+            linear.weight_gradients = None
+        return -(-left_over.num_bytes // 2)
+
 
 def _measure(
     config: GPTJConfig,
@@ -207,15 +220,20 @@ def _measure(
     started = time.perf_counter()
     rounds: list[dict[str, float]] = []
     with torch.enable_grad():
-        kept = trial.bytes_kept_per_layer()
+        kept, left_over = trial.bytes_kept_per_layer(), trial.bytes_left_over_per_layer()
         trial.pair.recomputes = recomputes
         _one_round(device, steps)  # the first makes the gradients that later ones are added to
         if time.perf_counter() - started < WARM_UP_SHARE * budget_s:
             _one_round(device, steps)
         while len(rounds) < MIN_ROUNDS or time.perf_counter() - started < budget_s or others_measure():
             rounds.append(_one_round(device, steps))
-    medians = {name: median(seconds[name] for seconds in rounds) / (2 if name.startswith("layer") else 1) for name in steps}
-    return MeasuredCosts(**medians, layer_activation_bytes=kept, num_rounds=len(rounds))
+    taken = {name: _lower_quartile([seconds[name] for seconds in rounds]) / (2 if name.startswith("layer") else 1) for name in steps}
+    return MeasuredCosts(**taken, layer_activation_bytes=kept, layer_left_over_bytes=left_over, num_rounds=len(rounds))
+
+
+def _lower_quartile(values: Sequence[float]) -> float:
+    """What a round takes when nothing else comes in between; the median of few rounds on a busy host says more of the others."""
+    return sorted(values)[(len(values) - 1) // 4]
 
 
 def _one_round(device: torch.device, steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
@@ -253,10 +271,12 @@ def stage_costs(
     *,
     num_tokens: int,
     recomputes: bool,
+    leaves_weight_gradients: bool,
     bytes_per_parameter: int = ADAMW_FP32_BYTES,
 ) -> list[StageCost]:
     """By stage the most that any of its replicas needs. measured: by stage and replica; memory_limits: by stage, in bytes; num_tokens:
-    of a micro-batch; bytes_per_parameter: held all the time."""
+    of a micro-batch; leaves_weight_gradients: a micro-batch in flight may be one that waits for them (zb), recomputed or not;
+    bytes_per_parameter: held all the time."""
     parameters = count_parameters(config)
     fp32 = torch.float32.itemsize
     while_adding = bytes_per_parameter + fp32  # the gradient of one micro-batch exists whole before it is added to the sum
@@ -265,6 +285,9 @@ def stage_costs(
     stages = []
     for costs, limit in zip(measured, memory_limits, strict=True):
         activations = max(cost.layer_activation_bytes for cost in costs)
+        held = hidden if recomputes else activations
+        if leaves_weight_gradients:
+            held = max(held, *(cost.layer_left_over_bytes for cost in costs))
         stages.append(
             StageCost(
                 layer_s=max(cost.layer_s for cost in costs),
@@ -274,7 +297,7 @@ def stage_costs(
                 embeddings_bytes=parameters.embeddings * while_adding,
                 head_bytes=parameters.head * while_adding + logits,
                 fixed_bytes=activations if recomputes else 0,  # of the layer whose backward runs
-                layer_bytes_in_flight=hidden if recomputes else activations,
+                layer_bytes_in_flight=held,
                 output_bytes_in_flight=hidden,
                 memory_limit_bytes=limit,
             )

@@ -7,18 +7,22 @@ the same plan everywhere. Promises: nobody measures what no flag asks for; no cu
 
 import dataclasses
 import json
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from comms.probe import LinkTimes, time_link
 from comms.transport import make_transport
-from pipeline_parallel.partition import Cut, best_cut, stage_seconds
+from pipeline_parallel.partition import Cut, StageCost, best_cut, layers_that_fit, stage_seconds
 from pipeline_parallel.schedule import PipelineMode, extra_warmup_for, order
 from pipeline_parallel.simulator import peak_in_flight
 from training.config import Config
 from training.gradient import Schedule, wire_codecs
 from training.job import COLLECTIVE_TIMEOUT, Job
 from training.measure import MeasuredCosts, default_memory_limit, describe_cut, measure_costs, stage_costs
+
+log = logging.getLogger("trainer")
 
 CUT_BUDGET_S = 2.0  # of measuring layers: the cut follows from it
 AHEAD_BUDGET_S = 0.2  # a whole number of micro-batches follows from it
@@ -55,7 +59,7 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
     """Collective over all ranks. Raises UserError, alike on all ranks, when no cut fits the memory; PeerLost."""
     wants_cut, wants_links = _wants_cut(config), _wants_links(config)
     if not (wants_cut or wants_links):
-        return _plan(config, job.cut, (config.extra_warmup or 0,) * (config.num_stages - 1))
+        return _plan(config, job.cut, _asked_extra_warmup(config))
     job.wait_for_all()  # all at once, as in training: ranks of one host share its cores and memory
 
     def others_measure() -> bool:
@@ -64,6 +68,9 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
         return not job.store.check([f"measured enough/{rank}" for rank in range(job.place.world_size)])
 
     ranks_here = sum(entry["host_id"] == job.roster[job.place.rank]["host_id"] for entry in job.roster)
+    cores = len(os.sched_getaffinity(0))
+    if wants_cut and job.device.type == "cpu" and ranks_here * job.num_threads > cores:
+        log.warning("%d ranks of %d threads share %d cores here: what is measured may be far off", ranks_here, job.num_threads, cores)
     limit = int(config.memory_limit * GIB) if config.memory_limit is not None else default_memory_limit(job.device, ranks_here)
     costs = measure_costs(
         job.model_config,
@@ -95,20 +102,37 @@ def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> Pip
         job.model_config,
         num_tokens=config.micro_batch_size * config.seq_length,
         recomputes=config.recompute == "layer",
+        leaves_weight_gradients=config.pp_mode == "zb",
     )
-    extra_warmup = (config.extra_warmup or 0,) * (place.pp_size - 1)
+    extra_warmup = _asked_extra_warmup(config)
     reasons: list[str] = []
     if _wants_links(config):
         cut = best_cut(costs, num_layers, [1] * place.pp_size) if _wants_cut(config) else job.cut  # how many ahead is not known yet
         compute_s = max(stage_seconds(costs, cut))
         links = [_slowest([m.link for m in replicas if m.link is not None]) for replicas in by_stage[:-1]]
-        extra_warmup = tuple(extra_warmup_for(latency_s=link.latency_s, transfer_s=link.transfer_s, compute_s=compute_s) for link in links)
+        extra_warmup = tuple(
+            min(_num_micro_batches(config), extra_warmup_for(latency_s=link.latency_s, transfer_s=link.transfer_s, compute_s=compute_s))
+            for link in links
+        )
         reasons = [_reason(s, link, compute_s, extra_warmup[s]) for s, link in enumerate(links)]
     if not _wants_cut(config):
         return _plan(config, job.cut, extra_warmup, reasons)
+    while not _fits(costs, num_layers, _in_flight(config, extra_warmup)) and _wants_links(config) and any(extra_warmup):
+        extra_warmup = tuple(max(0, extra - 1) for extra in extra_warmup)
+        reasons = [*reasons[: place.pp_size - 1], f"memory allows {', '.join(map(str, extra_warmup))} ahead (by link)"]
     in_flight = _in_flight(config, extra_warmup)
     cut = best_cut(costs, num_layers, in_flight)
     return _plan(config, cut, extra_warmup, [describe_cut(costs, cut, in_flight), *reasons])
+
+
+def _fits(costs: Sequence[StageCost], num_layers: int, in_flight: Sequence[int]) -> bool:
+    room = layers_that_fit(costs, num_layers, in_flight)
+    return min(room) >= 1 and sum(room) >= num_layers
+
+
+def _asked_extra_warmup(config: Config) -> tuple[int, ...]:
+    """By link; what the flag says, 0 for auto."""
+    return (min(config.extra_warmup or 0, _num_micro_batches(config)),) * (config.num_stages - 1)
 
 
 def _wants_cut(config: Config) -> bool:
@@ -125,6 +149,11 @@ def _plan(config: Config, cut: Cut, extra_warmup: tuple[int, ...], reasons: Sequ
         mode=config.pp_mode, extra_warmup=extra_warmup, wire_dtype=config.wire_dtype, wire_dtype_grad=config.wire_dtype_grad
     )
     return PipelinePlan(cut=cut, schedule=schedule, in_flight=_in_flight(config, extra_warmup), reasons=tuple(reasons))
+
+
+def _num_micro_batches(config: Config) -> int:
+    """Of an optimizer step: nobody can run more of them ahead."""
+    return config.gradient_accumulate_step * config.batch_size // config.micro_batch_size
 
 
 def _in_flight(config: Config, extra_warmup: tuple[int, ...]) -> tuple[int, ...]:

@@ -78,9 +78,20 @@ def read_trace(path: Path) -> Trace:
                 steps.setdefault(span.step, {}).setdefault(where, []).append(span)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{rule}; {path} is damaged ({type(error).__name__}: {error}). Record it again") from error
+    if not all({"clock_uncertainty_s", "overhead"} <= rank.keys() for rank in about.get("ranks", [])):
+        raise UserError(f"{rule}; {path} is damaged (what it says of its ranks is incomplete). Record it again")
     if not steps:
         raise UserError(f"the trace must hold at least one optimizer step; {path} holds none. Record a longer run")
     return Trace(path=path, steps=steps, about=about)
+
+
+def is_trace(path: Path) -> bool:
+    """Whether the file is one that training/tracing.py wrote, whole or not; any other is not to be replaced."""
+    try:
+        read_trace(path)
+    except UserError:
+        return False
+    return True
 
 
 def _span(event: dict[str, Any]) -> TraceSpan:

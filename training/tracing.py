@@ -28,7 +28,7 @@ from comms.clocks import NS, ClockOffset, offset_to_rank_0, on_rank_0
 from comms.place import Place
 from comms.spans import CATEGORIES, OTHER, Span, Spans
 from training.job import COLLECTIVE_TIMEOUT
-from training.timeline import TRACE_FORMAT
+from training.timeline import TRACE_FORMAT, is_trace
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -62,7 +62,7 @@ class TidyProfiler:
         self._first: ClockOffset | None = None
 
     def before_step(self) -> None:
-        """Called by all ranks before each optimizer step; collective where the window opens or closes. Raises PeerLost, UserError."""
+        """Called by all ranks before each optimizer step; collective where the window opens or closes. Raises PeerLost."""
         if self._num_seen == self._num_before:
             self.begin()
         elif self._num_seen == self._num_before + self._num_steps:
@@ -81,8 +81,8 @@ class TidyProfiler:
         self._spans.start_recording(_stream_wait(self._device))
 
     def end(self) -> None:
-        """Collective over all ranks: stop recording, gather; rank 0 has written the trace when it returns. Raises PeerLost, and on
-        rank 0 UserError if the disk does not take it."""
+        """Collective over all ranks: stop recording, gather; rank 0 has written the trace when it returns, or warned that the disk does
+        not take it: what was trained is worth more. Raises PeerLost."""
         assert self._first is not None, "begin() comes first"
         recorded = self._spans.stop_recording()
         with self._spans.span("writing the trace"):
@@ -93,7 +93,11 @@ class TidyProfiler:
                 _put(self._store, self._place.rank, own)
                 return
             by_rank = [own, *(_take(self._store, rank) for rank in range(1, self._place.world_size))]
-            write_trace(self._path, chrome_trace(self._place, by_rank, self._about))
+            try:
+                write_trace(self._path, chrome_trace(self._place, by_rank, self._about))
+            except UserError as error:
+                log.warning("there is no trace: %s. The training goes on", str(error).rstrip("."))
+                return
         dearest = max((trace.cost for trace in by_rank), key=lambda cost: cost.share)
         log.info(
             "profiling cost %.2g %% of a step (%.0f spans of %.2g us in %.3g s). Wrote %s: open it at https://ui.perfetto.dev, or draw it "
@@ -236,6 +240,8 @@ def check_trace_path(path: Path) -> None:
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{rule}: it is {'a folder' if path.is_dir() else 'no ordinary file'}. Name a file")
+        if path.exists() and path.stat().st_size > 0 and not is_trace(path):
+            raise UserError(f"{rule}: it holds something else, which would be lost. Name a new file, or an older trace")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(path)
         partial.write_bytes(b"")
