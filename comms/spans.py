@@ -21,6 +21,7 @@ CATEGORIES = {
     "allreduce": "allreduce",
     "allreduce launched": "allreduce",
     "agreeing on the step": "allreduce",
+    "gradient norm": "optimizer",
     "update": "optimizer",
     "waiting for data": "data-wait",
 }

@@ -200,9 +200,9 @@ def test_the_table_gives_the_stages_and_the_sentence_the_reason() -> None:
     costs = [StageCost(layer_s=0.01, embeddings_s=0.001, head_s=0.039, layer_bytes=10**6, memory_limit_bytes=10**9)] * 2
     text = describe_cut(costs, best_cut(costs, 8, [1, 1]), [1, 1])
     assert text.splitlines() == [
-        "  stage  layers              ms per micro-batch  of slowest  memory needed  memory available",
-        "  0      embeddings, 0 .. 5  61.0                100%        5.72 MiB       953.67 MiB",
-        "  1      6 .. 7, head        59.0                97%         1.91 MiB       953.67 MiB",
+        "  stage  layers              ms per micro-batch  share of slowest  memory needed  memory available",
+        "  0      embeddings, 0 .. 5  61.0                100%              5.72 MiB       953.67 MiB",
+        "  1      6 .. 7, head        59.0                97%               1.91 MiB       953.67 MiB",
         "  even cut: slowest stage 79.0 ms; measured cut: 61.0 ms, 1.30 times faster; the head costs as much as 3.9 layers",
     ]
     unlike = [StageCost(layer_s=0.01, memory_limit_bytes=PLENTY), StageCost(layer_s=0.03, memory_limit_bytes=PLENTY)]

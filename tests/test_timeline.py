@@ -357,7 +357,7 @@ def test_the_tool_prints_shares_and_draws_the_step_that_was_asked_for(
 ) -> None:
     assert main(["--png", str(tmp_path / "a.png"), str(trace_file), "--step=9"]) == 0
     out = capsys.readouterr().out
-    assert "stages 2, replicas 1, schedule gpipe, micro-batches 2" in out and "clocks agree within 20 us" in out
+    assert "stages 2, replicas 1, schedule gpipe, micro-batches 2" in out and "clocks agree within 0.02 ms" in out
     table = [line.split() for line in out.splitlines() if line.split()[:1] in (["0"], ["mean"])]
     assert table[0][:3] == ["0", "0", "53.1"] and float(table[0][-1]) == 0.113, "busy 60 of 113 ms"
     assert "bubble 29.0 %, exposed communication 13.6 %, busy 52.6 %" in out
@@ -383,7 +383,9 @@ def test_what_the_user_can_cure_is_one_line(
         ([str(tmp_path / "text")], "is no JSON"),
         ([str(tmp_path / "damaged.json")], "is damaged"),
         ([str(tmp_path / "empty.json")], "holds none"),
-        ([str(trace_file), "--step", "6"], "6 is not: .* holds 7, 8, 9"),
+        ([str(trace_file), "--step", "6", "--png", str(tmp_path / "c.png")], "6 is not: .* holds 7, 8, 9"),
+        ([str(trace_file), "--step", "7"], "--step chooses the step that --png draws"),
+        ([str(trace_file), "--png", str(tmp_path / "b.svg")], "--png must name a .png file"),
         ([str(trace_file), "--png", str(tmp_path / "b.png")], "pip install matplotlib"),
         ([str(trace_file), "--pgn", "x"], "did you mean --png"),
         ([], "Usage: python -m training.timeline TRACE"),

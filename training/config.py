@@ -96,7 +96,8 @@ class Config:
     )
     wire_dtype: WireDtype = flag(
         "none",
-        "form in which activations travel between stages; none: as computed; int8: a scale per row; int4: per 64 values",
+        "form in which activations travel between stages; none: as computed (fp32); int8: a scale per row; int4: one per 64 values, which "
+        "must divide the model's width",
         group=_GRID,
     )
     wire_dtype_grad: WireDtype | None = flag(None, "the same for the gradients that travel back; left out: as --wire-dtype", group=_GRID)

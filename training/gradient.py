@@ -128,11 +128,13 @@ class GlobalGradient:
         micro_batches = self._micro_batches(tokens.flatten(0, 1))
         loss = self._engine.run(actions, micro_batches, scale=1.0 / num_targets, before_last_backward=self._buckets.arm)
         self._buckets.finish()
+        with self._spans.span("gradient norm"):
+            squares = {key: layer_square(flats) for key, flats in self._buckets.flat_gradients()} if self._place.dp == 0 else {}
         with self._spans.span("agreeing on the step"):
             decision = decide_step(
                 place=self._place,
                 layers=self._layers,
-                squares={key: layer_square(flats) for key, flats in self._buckets.flat_gradients()} if self._place.dp == 0 else {},
+                squares=squares,
                 loss=loss.item(),
                 clip_grad_norm=self._clip_grad_norm,
                 device=self._device,

@@ -103,7 +103,7 @@ def measure_costs(
 def describe_cut(costs: Sequence[StageCost], cut: Cut, in_flight: Sequence[int]) -> str:
     """A table of the stages and, in a sentence, why they are cut so: against the even cut, and what memory had to say."""
     seconds, needed = stage_seconds(costs, cut), stage_bytes(costs, cut, in_flight)
-    rows: list[tuple[str, ...]] = [("stage", "layers", "ms per micro-batch", "of slowest", "memory needed", "memory available")]
+    rows: list[tuple[str, ...]] = [("stage", "layers", "ms per micro-batch", "share of slowest", "memory needed", "memory available")]
     for s, (first, last) in enumerate(cut):
         layers = f"{first}" if last - first == 1 else f"{first} .. {last - 1}"
         parts = [*(["embeddings"] if s == 0 else []), layers, *(["head"] if s == len(cut) - 1 else [])]

@@ -52,7 +52,11 @@ def _cut_rows(job: Job, plan: PipelinePlan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for s, (first, last) in enumerate(job.cut):
         stage = meta_stage(job.model_config, first, last)
-        parts = [*(["embeddings"] if stage.has_embeddings else []), f"{first} .. {last - 1}", *(["head"] if stage.has_head else [])]
+        parts = [
+            *(["embeddings"] if stage.has_embeddings else []),
+            f"{first}" if last - first == 1 else f"{first} .. {last - 1}",
+            *(["head"] if stage.has_head else []),
+        ]
         num_parameters = sum(p.numel() for p in stage.parameters())
         size = f"{num_parameters * torch.float32.itemsize:,}"
         rows.append((str(s), ", ".join(parts), f"{num_parameters:,}", size, f"at most {plan.in_flight[s]}"))
@@ -70,13 +74,15 @@ def _precisions(config: Config, job: Job) -> list[tuple[str, ...]]:
             "fp32",
             "the parameters themselves" + ("" if stored == "float32" else f", saved beside the {stored} files so that a resume is exact"),
         ),
-        ("wire, activations", *_on_wire(config.wire_dtype, "--wire-dtype")),
-        ("wire, gradients", *_on_wire(config.wire_dtype_grad, "--wire-dtype-grad")),
+        ("wire, activations", *_on_wire(config, config.wire_dtype, "--wire-dtype")),
+        ("wire, gradients", *_on_wire(config, config.wire_dtype_grad, "--wire-dtype-grad")),
         ("wire, replicas", "fp32", "what replicas exchange is never rounded"),
     ]
 
 
-def _on_wire(dtype: str | None, flag: str) -> tuple[str, str]:
+def _on_wire(config: Config, dtype: str | None, flag: str) -> tuple[str, str]:
+    if config.num_stages == 1:
+        return "-", "one stage sends nothing to another"
     if dtype in (None, "none"):
         return "fp32", "as computed: not rounded"
     return str(dtype), f"asked for ({flag}); rounding errors are in the log"

@@ -107,7 +107,8 @@ def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> Pip
     extra_warmup = _asked_extra_warmup(config)
     reasons: list[str] = []
     if _wants_links(config):
-        cut = best_cut(costs, num_layers, [1] * place.pp_size) if _wants_cut(config) else job.cut  # how many ahead is not known yet
+        at_least = _in_flight(config, (0,) * len(extra_warmup))  # how many more are wanted is not known yet
+        cut = best_cut(costs, num_layers, at_least) if _wants_cut(config) else job.cut
         compute_s = max(stage_seconds(costs, cut))
         links = [_slowest([m.link for m in replicas if m.link is not None]) for replicas in by_stage[:-1]]
         extra_warmup = tuple(
@@ -205,7 +206,10 @@ def _slowest(links: Sequence[LinkTimes]) -> LinkTimes:
 
 
 def _reason(s: int, link: LinkTimes, compute_s: float, extra: int) -> str:
+    transfer = f"{link.transfer_s * 1e3:.2f}" if link.transfer_s >= 1e-5 else "less than 0.01"
+    narrow = link.transfer_s / 2 > compute_s
     return (
-        f"link {s}-{s + 1}: {link.latency_s * 1e3:.2f} ms one way, {link.transfer_s * 1e3:.2f} ms for an activation and its gradient, "
-        f"{compute_s * 1e3:.1f} ms to compute a micro-batch: {extra} more micro-batch{'' if extra == 1 else 'es'} ahead"
+        f"link {s}-{s + 1}: {link.latency_s * 1e3:.2f} ms one way, {transfer} ms for an activation there and its gradient back, "
+        f"{compute_s * 1e3:.1f} ms to compute a micro-batch: --extra-warmup-forwards {extra} for the stages before it"
+        + ("; the link, not the computation, sets the pace: see --wire-dtype" if narrow else "")
     )

@@ -116,7 +116,7 @@ def describe(trace: Trace) -> str:
     rows, steps = shares(trace), sorted(trace.steps)
     ranks = trace.about.get("ranks", [])
     run = ", ".join(f"{key} {value}" for key, value in trace.about.items() if key not in ("format", "ranks"))
-    clocks_us = 1e6 * max((rank["clock_uncertainty_s"] for rank in ranks), default=0.0)
+    clocks_ms = 1e3 * max((rank["clock_uncertainty_s"] for rank in ranks), default=0.0)
     cost = 100 * max((rank["overhead"] for rank in ranks), default=0.0)
     percents = [_percents(row) for row in rows]
     mean = {name: statistics.fmean(percent[name] for percent in percents) for name in percents[0]}
@@ -129,8 +129,10 @@ def describe(trace: Trace) -> str:
     return "\n".join(
         [
             f"{trace.path}: {run}",
-            f"steps {', '.join(map(str, steps))}; clocks agree within {clocks_us:.3g} us; recording cost {cost:.2g} % of a step",
-            "shares in %; exposed = recv + send + allreduce; bubble = waiting for work that others have not done yet",
+            f"steps {', '.join(map(str, steps))}; clocks agree within {clocks_ms:.3g} ms (what is finer than that, bubble and recv may be "
+            f"mixed up); recording cost an estimated {cost:.2g} % of a step",
+            "shares in %; exposed = recv + send + allreduce (of gradients, and the agreement that ends a step); bubble = waiting for work "
+            "that others have not done yet; on the last stage, loss and head count as backward",
             *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines),
             totals(rows),
         ]
@@ -215,7 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         flags = parse_flags(TimelineFlags, _name_the_trace(sys.argv[1:] if argv is None else argv), "Shares and picture of a trace.")
         if flags.trace is None:
-            raise UserError("which trace? Usage: python -m training.timeline TRACE [--png FILE] [--step N]")
+            raise UserError("which trace? Usage: python -m training.timeline TRACE [--png FILE.png] [--step N]")
+        if flags.png is not None and Path(flags.png).suffix.lower() != ".png":
+            raise UserError(f"--png must name a .png file, because that is what is drawn; it is {flags.png!r}")
+        if flags.step is not None and flags.png is None:
+            raise UserError("--step chooses the step that --png draws; give --png FILE.png too, or leave --step out")
         trace = read_trace(Path(flags.trace))
         trace.chosen(flags.step)
         sys.stdout.write(describe(trace) + "\n")
