@@ -4,23 +4,24 @@
 
 Each round runs every variant once, in an order that turns, so that a noisy machine hits all of them; what is reported are ratios
 within a round (median, minimum, maximum over the rounds). Variants: the HF class with plain autograd, clip_grad_norm_ and torch's
-fused AdamW, with 1 and with 2 threads; ours as one stage with 1 and 2 threads; ours as two stages of 1 thread each on loopback.
-Forward, backward, norm, clipping and update are timed, data and loading are not."""
+fused AdamW, with 1 and with 2 threads; ours as one stage with 1 and 2 threads; ours as two stages of 1 thread each on loopback, by GPipe
+with an even cut. Forward, backward, norm, clipping and update are timed, data and loading are not."""
 
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import Sizes, add_size_options, answer_and_end, fork_ranks, machine, run_in_own_process, run_rounds, sizes_of, spread, time_steps
+
+TIMEOUT = timedelta(minutes=5)
 VARIANTS = {
     "hf_1_thread": {"kind": "hf", "stages": 1, "threads": 1},
     "ours_1_stage_1_thread": {"kind": "ours", "stages": 1, "threads": 1},
@@ -35,155 +36,57 @@ RATIOS = {  # name: (peer, ours); above 1: ours is faster
 }
 
 
-def hf_config(options: argparse.Namespace):  # type: ignore[no-untyped-def]
-    from transformers import GPTJConfig
-
-    return GPTJConfig(
-        n_embd=options.width,
-        n_layer=options.layers,
-        n_head=8,
-        rotary_dim=min(64, options.width // 8),
-        n_positions=options.seq_length,
-        vocab_size=options.vocab,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
-def time_hf(options: argparse.Namespace) -> float:
-    import torch
-    from transformers import GPTJForCausalLM
-
-    torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    model = GPTJForCausalLM(hf_config(options))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(0, options.vocab, (options.micro_batches * options.micro_batch_size, options.seq_length))
-
-    def step() -> None:
-        for piece in ids.split(options.micro_batch_size):
-            (model(piece, labels=piece).loss / options.micro_batches).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return time_steps(step, options.steps)
-
-
-def time_steps(step, num_steps: int) -> float:  # type: ignore[no-untyped-def]
-    step()
-    durations = []
-    for _ in range(num_steps):
-        started = time.perf_counter()
-        step()
-        durations.append(time.perf_counter() - started)
-    return statistics.median(durations)
-
-
-def time_ours(options: argparse.Namespace) -> float:
-    """Fork one rank per stage; rank 0's seconds per step (the last thing in a step is a reduction over all ranks)."""
+def be_rank(rank: int, given: dict[str, Any], sizes: Sizes, folder: Path) -> float:
+    """Seconds per step, the median; the last thing in a step is a reduction over all ranks."""
     import torch
     import torch.distributed as dist
+    from contestants import OurPipeline, TransformersProcess, drawn_stage
 
     from comms.groups import join_process_group, make_groups
     from comms.place import place_of
-    from comms.spans import Spans
-    from modules.gptj import GPTJConfig
-    from modules.stage import draw_parameter, empty_stage
-    from optim.build import AdamSettings, AdamW
     from pipeline_parallel.partition import even_cut
-    from training.gradient import GlobalGradient
+    from training.allocator import keep_freed_memory
 
-    torch.set_num_threads(1)
-    config = GPTJConfig.from_hf(hf_config(options).to_dict())
-    port_file = Path(tempfile.mkdtemp()) / "store"
-
-    def rank_main(rank: int) -> float:
-        torch.set_num_threads(options.threads)
-        place = place_of(rank, dp_size=1, pp_size=options.stages)
+    torch.set_num_threads(given["threads"])
+    if given["kind"] == "hf":
+        step = TransformersProcess(sizes).step
+    else:
+        keep_freed_memory()
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        join_process_group(place, dist.FileStore(str(port_file), options.stages), "gloo", timedelta(minutes=5))
-        stage = empty_stage(config, *even_cut(options.layers, options.stages)[rank])
-        with torch.no_grad():
-            for name, parameter in stage.named_parameters():
-                draw_parameter(parameter, name, config, seed=0)
-        optimizer = AdamW(dict(stage.named_parameters()), AdamSettings(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01))
-        num_sequences = options.micro_batches * options.micro_batch_size
-        gradient = GlobalGradient(
-            place=place,
-            groups=make_groups(place, "gloo", timedelta(minutes=5)),
-            stage=stage,
-            spans=Spans(),
-            peer_names=["", ""],
-            pp_mode="gpipe",
-            batch_size=num_sequences,
-            micro_batch_size=options.micro_batch_size,
-            seq_length=options.seq_length,
-            clip_grad_norm=1.0,
-        )
-        ids = torch.randint(0, options.vocab, (num_sequences, options.seq_length), generator=torch.Generator().manual_seed(0))
-        tokens = torch.stack((ids, torch.arange(options.seq_length).expand_as(ids)), dim=1)[None].int()  # (1, N, 2, T)
-
-        def step() -> None:
-            gradient.compute(tokens, num_sequences * (options.seq_length - 1))
-            optimizer.step(1e-4)
-            gradient.forget()
-
-        return time_steps(step, options.steps)
-
-    children = []
-    for rank in range(1, options.stages):
-        pid = os.fork()
-        if pid == 0:
-            rank_main(rank)
-            os._exit(0)
-        children.append(pid)
-    seconds = rank_main(0)
-    for pid in children:
-        assert os.waitpid(pid, 0)[1] == 0
-    return seconds
+        place = place_of(rank, dp_size=1, pp_size=given["stages"])
+        join_process_group(place, dist.FileStore(str(folder / "store"), given["stages"]), "gloo", TIMEOUT)
+        stage = drawn_stage(sizes, *even_cut(sizes.layers, given["stages"])[rank])
+        step = OurPipeline(sizes, place, make_groups(place, "gloo", TIMEOUT), stage, "gpipe").step
+    step()
+    return statistics.median(time_steps(step, sizes.steps))
 
 
-def run_variant(name: str, options: argparse.Namespace) -> float:
-    sizes = [f"--{key}={getattr(options, key.replace('-', '_'))}" for key in SIZES]
-    command = [sys.executable, __file__, "--variant", name, *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
+def run_variant(given: dict[str, Any], sizes: Sizes) -> float:
+    """In this process and its ranks: rank 0's seconds per step."""
+    import torch  # noqa: F401 - once, before the ranks are forked
 
-
-SIZES = {"width": 512, "layers": 8, "vocab": 8192, "seq-length": 256, "micro-batches": 8, "micro-batch-size": 2, "steps": 3}
+    folder = Path(tempfile.mkdtemp())
+    seconds = fork_ranks(range(given["stages"]), lambda rank: be_rank(rank, given, sizes, folder))
+    return float(seconds[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--variant", choices=VARIANTS, help="run one variant and print its seconds per step")
-    for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--variant", help="for the benchmark's own processes")
+    add_size_options(parser)
     options = parser.parse_args()
     if options.variant:
-        for key, value in VARIANTS[options.variant].items():
-            setattr(options, key, value)
-        print(time_hf(options) if options.kind == "hf" else time_ours(options))
-        os._exit(0 if sys.stdout.flush() is None else 1)
-    rounds: list[dict[str, float]] = []
-    names = list(VARIANTS)
-    for n in range(options.rounds):
-        order = names[n % len(names) :] + names[: n % len(names)]
-        rounds.append({name: run_variant(name, options) for name in order})
-        print(f"round {n + 1}: {rounds[-1]}", file=sys.stderr)
-    ratios = {}
-    for name, (peer, ours) in RATIOS.items():
-        values = [seconds[peer] / seconds[ours] for seconds in rounds]
-        ratios[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    tokens = options.micro_batches * options.micro_batch_size * options.seq_length
+        asked = json.loads(options.variant)
+        answer_and_end(run_variant(asked["given"], Sizes(**asked["sizes"])))
+    sizes, before = sizes_of(options), machine()
+    rounds = run_rounds(list(VARIANTS), lambda name: run_in_own_process(__file__, "time", VARIANTS[name], sizes), options.rounds)
     report = {
         "benchmark": "training_step",
-        "sizes": {key: getattr(options, key.replace("-", "_")) for key in SIZES},
-        "tokens_per_step": tokens,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "ratios": ratios,
+        "sizes": vars(sizes),
+        "tokens_per_step": sizes.tokens_per_step,
+        **before,
+        "ratios": {name: spread(seconds[peer] / seconds[ours] for seconds in rounds) for name, (peer, ours) in RATIOS.items()},
         "seconds_per_step": rounds,
     }
     print(json.dumps(report, indent=1))
