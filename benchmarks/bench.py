@@ -96,10 +96,12 @@ def turning(names: Sequence[str], n: int) -> list[str]:
 
 def run_rounds(names: Sequence[str], run: Callable[[str], Result], num_rounds: int) -> list[dict[str, Result]]:
     """Every name once per round, in an order that turns; what ``run`` returned, by round and name."""
-    rounds = []
+    rounds: list[dict[str, Result]] = []
     for n in range(num_rounds):
-        rounds.append({name: run(name) for name in turning(names, n)})
-        print(f"round {n + 1} of {num_rounds} done", file=sys.stderr)
+        rounds.append({})
+        for name in turning(names, n):
+            print(f"round {n + 1} of {num_rounds}: {name} (load {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
+            rounds[-1][name] = run(name)
     return rounds
 
 
