@@ -1,7 +1,8 @@
 """What travels with weights: configuration, generation configuration and tokenizer, copied from folder to folder.
 
 config.json gains the dtype of the weights beside it, under the key of transformers 5 (``dtype``) and that of 4.x (``torch_dtype``): a
-wrong one would make every load convert, or round. The other files are copied byte for byte.
+wrong one would make every load convert, or round. A GPT-NeoX's rotary settings are written for both, too. The other files are copied
+byte for byte.
 """
 
 import functools
@@ -12,6 +13,7 @@ import torch
 
 from checkpoint.model_folder import read_json_object
 from checkpoint.tensor_file import FileRecord, copy_file, write_json_file
+from modules.gptneox import GPTNeoXConfig, both_rotary_forms
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_FILES = (
@@ -33,6 +35,8 @@ def copy_companions(folders: Sequence[Path], target: Path, *, dtypes: Iterable[t
     """
     dtype = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
     config = {**read_json_object(folders[0] / CONFIG), "dtype": dtype, "torch_dtype": dtype}
+    if config.get("model_type") == GPTNeoXConfig.hf_model_type:
+        config = both_rotary_forms(config)
     records = [write_json_file(target / CONFIG, config, relative_to=target)]
     if (folders[0] / GENERATION_CONFIG).is_file():
         records.append(copy_file(folders[0] / GENERATION_CONFIG, target / GENERATION_CONFIG, relative_to=target))

@@ -10,14 +10,14 @@ from checkpoint.atomic_folder import atomic_folder
 from checkpoint.companions import copy_companions
 from checkpoint.model_folder import ModelFolder, check_model_folder
 from checkpoint.tensor_file import TensorSource, write_json_file, write_tensor_file
-from modules.gptj import GPTJConfig
+from modules.model_config import ModelConfig
 from modules.stage import layer_key, layer_keys
 
 
 def write_hf_folder(
     source: ModelFolder,
     target: Path,
-    config: GPTJConfig,
+    config: ModelConfig,
     *,
     max_shard_bytes: int,
     progress: Callable[[int], object] = lambda num_bytes: None,

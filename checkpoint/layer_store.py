@@ -36,7 +36,8 @@ from checkpoint.tensor_file import (
 )
 from checkpoint.train_state import TRAINER_FORMAT
 from checkpoint.weight_file import open_weight_file
-from modules.gptj import GPTJConfig
+from modules.families import read_model_config
+from modules.model_config import ModelConfig
 from modules.stage import layer_key, layer_keys
 from user_error import UserError
 
@@ -127,7 +128,7 @@ class StepWriter:
 
 
 def write_model_folder(
-    source: ModelFolder, target: Path, config: GPTJConfig, progress: Callable[[str, int], object] = lambda key, num_bytes: None
+    source: ModelFolder, target: Path, config: ModelConfig, progress: Callable[[str, int], object] = lambda key, num_bytes: None
 ) -> Path:
     """Write ``source`` as a layer-sharded model folder ``target`` with manifest, tensor by tensor, every weight's dtype kept.
 
@@ -165,7 +166,7 @@ def _finish(
     index_record = write_json_file(folder / INDEX, index, relative_to=folder)
     companions = copy_companions(copy_from, folder, dtypes={spec.dtype for spec in specs})
     written = ModelFolder.open(folder)
-    check_model_folder(written, GPTJConfig.from_hf(written.config))
+    check_model_folder(written, read_model_config(written.config))
     write_manifest(folder, [*records, index_record, *companions], step)
 
 

@@ -1,8 +1,8 @@
 """A model on disk, read as a whole: a Hugging Face folder (one file or shards, safetensors or torch) or one of our own, which are the same.
 
 Promises: opening reads headers and never weights; names, shapes and files are proven before the first weight is copied; the legacy
-buffers of old GPT-J files do not exist for anyone who looks through a ModelFolder. Every defect of a folder is a UserError that names
-file and tensor.
+buffers of old files do not exist for anyone who looks through a ModelFolder, and a weight has one name whoever wrote it. Every defect of
+a folder is a UserError that names file and tensor.
 Left to others: fetching from the hub's servers (huggingface_hub), the bytes of one file (weight_file.py), writing (layer_store.py).
 """
 
@@ -11,14 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from checkpoint.tensor_file import TensorSource
 from checkpoint.weight_file import FETCH_AGAIN, TensorSpec, WeightFile, open_weight_file
-from modules.gptj import GPTJConfig, is_legacy_buffer
+from modules.families import canonical_name, is_legacy_buffer, read_model_config
+from modules.model_config import ModelConfig
 from modules.stage import Stage, meta_stage
 from user_error import UserError
 
@@ -49,9 +50,10 @@ def resolve_model_folder(name: str) -> Path:
 class ModelFolder:
     """An open model folder. Make it with ``ModelFolder.open``; ranks on different hosts compare ``digest()``."""
 
-    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, WeightFile]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], weights: Mapping[str, "StoredWeight"]) -> None:
+        """weights: by their Hugging Face names, wherever they lie and whatever they are called there."""
         self.path, self.config = path, config
-        self._files = dict(files)
+        self._weights = dict(weights)
 
     @classmethod
     def open(cls, path: Path) -> "ModelFolder":
@@ -63,9 +65,11 @@ class ModelFolder:
         if not present:
             raise UserError(f"the model folder {path} holds no weights: none of {', '.join(WEIGHT_FILES)}. {FETCH_AGAIN}")
         if present[0].endswith(".index.json"):
-            return cls(path, config, _open_shards(path / present[0]))
+            return cls(path, config, _open_shards(path / present[0], config))
         file = open_weight_file(path / present[0])
-        return cls(path, config, {name: file for name in file.specs if not is_legacy_buffer(name)})
+        return cls(
+            path, config, {canonical_name(name, config): StoredWeight(file, name) for name in file.specs if not is_legacy_buffer(name)}
+        )
 
     @classmethod
     def open_config(cls, path: Path) -> "ModelFolder":
@@ -78,21 +82,22 @@ class ModelFolder:
         dtype = getattr(torch, stated, None)
         if dtype not in WEIGHT_DTYPES:
             raise UserError(f"the dtype in {path / 'config.json'} must be that of weights, such as float16 or float32; it is {stated!r}")
-        return cls(path, config, _undrawn(GPTJConfig.from_hf(config), path, dtype))
+        return cls(path, config, _undrawn(read_model_config(config), path, dtype))
 
     def names(self) -> list[str]:
         """Every weight, sorted."""
-        return sorted(self._files)
+        return sorted(self._weights)
 
     def shape(self, name: str) -> torch.Size:
-        return self._files[name].specs[name].shape
+        return self._weights[name].spec.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._files[name].specs[name].dtype
+        return self._weights[name].spec.dtype
 
     def read(self, name: str) -> Tensor:
         """The weight as it lies in the mapped file (any alignment): copy what you keep, do not write into it."""
-        return self._files[name].read(name)
+        weight = self._weights[name]
+        return weight.file.read(weight.name)
 
     def tensor_source(self, name: str) -> TensorSource:
         """The weight as something to be written elsewhere, read when its turn comes."""
@@ -100,12 +105,23 @@ class ModelFolder:
 
     def num_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(file.specs[name].num_bytes for name, file in self._files.items())
+        return sum(weight.spec.num_bytes for weight in self._weights.values())
 
     def digest(self) -> str:
         """sha256 over the configuration and every (name, shape, dtype): equal where hosts see the same kind of model. Reads no weights."""
         table = [(name, list(self.shape(name)), str(self.dtype(name))) for name in self.names()]
         return hashlib.sha256(json.dumps([self.config, table], sort_keys=True).encode()).hexdigest()
+
+
+class StoredWeight(NamedTuple):
+    """Where a weight lies: an open file, and the weight's name in it."""
+
+    file: WeightFile
+    name: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.file.specs[self.name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +135,13 @@ class _NoFile:
         raise AssertionError(f"{name} is drawn and not read")
 
 
-def _undrawn(config: GPTJConfig, path: Path, dtype: torch.dtype) -> dict[str, WeightFile]:
+def _undrawn(config: ModelConfig, path: Path, dtype: torch.dtype) -> dict[str, StoredWeight]:
     shapes = {name: tensor.shape for name, tensor in meta_stage(config, 0, config.num_layers).state_dict().items()}
     file = _NoFile(path=path, specs={name: TensorSpec(dtype=dtype, shape=shape) for name, shape in shapes.items()})
-    return dict.fromkeys(shapes, file)
+    return {name: StoredWeight(file, name) for name in shapes}
 
 
-def check_model_folder(folder: ModelFolder, config: GPTJConfig) -> None:
+def check_model_folder(folder: ModelFolder, config: ModelConfig) -> None:
     """Prove from the headers that the folder holds exactly the weights of ``config``; else one UserError with all that is wrong."""
     expected = {name: tensor.shape for name, tensor in meta_stage(config, 0, config.num_layers).state_dict().items()}
     seen = set(folder.names())
@@ -181,8 +197,8 @@ def listed(what: str, items: list[str]) -> list[str]:
     return [f"{what} ({len(items)}): {', '.join(items[:MAX_LISTED])}{more}"] if items else []
 
 
-def _open_shards(index: Path) -> dict[str, WeightFile]:
-    """name -> its open shard, after the index and the shards have been compared both ways."""
+def _open_shards(index: Path, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
+    """name -> where it lies, after the index and the shards have been compared both ways."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
         raise UserError(f"{index} must hold a weight_map from tensor names to files beside it. {FETCH_AGAIN}")
@@ -198,7 +214,7 @@ def _open_shards(index: Path) -> dict[str, WeightFile]:
     problems = listed("the index names what the file lacks", lacking) + listed("extra, not in the index", unlisted)
     if problems:
         raise UserError(f"{index} and its files disagree: " + "; ".join(problems) + f". {FETCH_AGAIN}")
-    return {name: shards[file] for name, file in weight_map.items()}
+    return {canonical_name(name, config): StoredWeight(shards[file], name) for name, file in weight_map.items()}
 
 
 def _hub_snapshot(name: str) -> Path:

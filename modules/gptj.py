@@ -3,10 +3,9 @@
 Own blocks, because the blocks of transformers change their signature between releases and have no fused attention for GPT-J; the classes of
 transformers are the oracle in tests. A block is one residual: x + attention(ln_1(x)) + mlp(ln_1(x)).
 
-Legend: B sequences of a micro-batch, T tokens, C width, H heads, D head width, V vocabulary rows.
+Legend: B sequences of a micro-batch, T tokens, C width, H heads, D head width.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,77 +15,59 @@ from torch import Tensor, nn
 
 from modules.linear import Linear
 from modules.lm_ops import Segments, packed_causal_attention, rotate_interleaved
+from modules.model_config import ModelConfig, ModelNames, check_rules, read_numbers
 from user_error import UserError
 
 _DEFAULTS: dict[str, Any] = {"n_positions": 2048, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02}  # those of transformers
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 @dataclass(frozen=True, kw_only=True)
-class GPTJConfig:
-    """What of a Hugging Face ``config.json`` decides the shape and the arithmetic of a GPT-J."""
-
-    vocab_size: int
-    num_positions: int
-    width: int
-    num_layers: int
-    num_heads: int
-    inner_width: int
-    rotary_dim: int
-    layer_norm_epsilon: float
-    initializer_range: float
+class GPTJConfig(ModelConfig):
+    """A GPT-J."""
 
     model_type = "gptj"
+    hf_model_type = "gptj"
+    names = ModelNames(
+        trunk="transformer", embeddings="wte", layers="h", final_norm="ln_f", head="lm_head", buffers=("attn.bias", "attn.masked_bias")
+    )
+    head_has_bias = True
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPTJConfig":
         """Read a Hugging Face GPT-J ``config.json``. Raises UserError for what this implementation would compute differently."""
-        if config.get("model_type") != "gptj":
-            raise UserError(
-                f"--model-type gptj needs a model whose config.json says model_type gptj; this one says {config.get('model_type')!r}"
-            )
-        wrong = [
-            f"{key} {config.get(key)!r} (a whole number of at least 1)"
-            for key in ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim", "n_positions", "n_inner")
-            if not _is_count(config.get(key, _DEFAULTS.get(key))) and not (key == "n_inner" and config.get(key) is None)
-        ]
-        for key in ("layer_norm_epsilon", "initializer_range"):
-            value = config.get(key, _DEFAULTS[key])
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-                wrong.append(f"{key} {value!r} (a number above 0)")
-        if wrong:
-            raise UserError(f"config.json of this GPT-J holds {'; '.join(wrong)}. Fetch the file again from its source")
-        width, num_heads, rotary_dim = config["n_embd"], config["n_head"], config["rotary_dim"]
-        rules = [
-            (
-                config.get("activation_function", "gelu_new") == "gelu_new",
-                f"activation_function {config.get('activation_function')!r} (only gelu_new)",
-            ),
-            (not config.get("tie_word_embeddings", False), "tie_word_embeddings true (the head must have its own weight)"),
-            (width % num_heads == 0, f"n_embd {width} that n_head {num_heads} does not divide"),
-            (rotary_dim <= width // num_heads and rotary_dim % 2 == 0, f"rotary_dim {rotary_dim} (even, 2 .. n_embd/n_head)"),
-        ]
-        broken = [text for holds, text in rules if not holds]
-        if broken:
-            raise UserError("config.json holds what this trainer does not compute: " + "; ".join(broken))
+        if config.get("model_type") != cls.hf_model_type:
+            seen = f"this one says {config.get('model_type')!r}"
+            raise UserError(f"--model-type gptj needs a model whose config.json says model_type {cls.hf_model_type}; {seen}")
+        counts = ["vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim", "n_positions"]
+        if config.get("n_inner") is not None:
+            counts.append("n_inner")
+        positives = ("layer_norm_epsilon", "initializer_range")
+        numbers = read_numbers(config, "GPT-J", counts=counts, positives=positives, defaults=_DEFAULTS)
+        width, num_heads, rotary_dim = numbers["n_embd"], numbers["n_head"], numbers["rotary_dim"]
+        activation = config.get("activation_function", "gelu_new")
+        check_rules(
+            [
+                (activation == "gelu_new", f"activation_function {activation!r} (only gelu_new)"),
+                (not config.get("tie_word_embeddings", False), "tie_word_embeddings true (the head must have its own weight)"),
+                (width % num_heads == 0, f"n_embd {width} that n_head {num_heads} does not divide"),
+                (rotary_dim <= width // num_heads and rotary_dim % 2 == 0, f"rotary_dim {rotary_dim} (even, 2 .. n_embd/n_head)"),
+            ]
+        )
         return cls(
-            vocab_size=config["vocab_size"],
-            num_positions=config.get("n_positions", _DEFAULTS["n_positions"]),
+            vocab_size=numbers["vocab_size"],
+            num_positions=numbers["n_positions"],
             width=width,
-            num_layers=config["n_layer"],
+            num_layers=numbers["n_layer"],
             num_heads=num_heads,
-            inner_width=config.get("n_inner") or 4 * width,
+            inner_width=numbers.get("n_inner") or 4 * width,
             rotary_dim=rotary_dim,
-            layer_norm_epsilon=config.get("layer_norm_epsilon", _DEFAULTS["layer_norm_epsilon"]),
-            initializer_range=config.get("initializer_range", _DEFAULTS["initializer_range"]),
+            rotary_base=10000.0,
+            layer_norm_epsilon=numbers["layer_norm_epsilon"],
+            initializer_range=numbers["initializer_range"],
         )
 
-    @property
-    def head_width(self) -> int:
-        return self.width // self.num_heads
+    def block(self) -> "GPTJBlock":
+        return GPTJBlock(self)
 
 
 class GPTJAttention(nn.Module):
@@ -137,13 +118,3 @@ class GPTJBlock(nn.Module):
         """x (B, T, C); rotary (B, T, 1, rotary_dim/2) complex64. Returns (B, T, C)."""
         h = self.ln_1(x)
         return self.attn(h, segments, rotary) + self.mlp(h) + x
-
-
-def is_legacy_buffer(name: str) -> bool:
-    """True for the causal masks that old GPT-J files carry as tensors: dropped on read, never written."""
-    return name.startswith("transformer.h.") and name.endswith((".attn.bias", ".attn.masked_bias"))
-
-
-def initial_std(name: str, config: GPTJConfig) -> float:
-    """Standard deviation of a freshly drawn weight, as in transformers' GPTJPreTrainedModel; 0 for biases. LayerNorm weights are 1."""
-    return 0.0 if name.endswith(".bias") else config.initializer_range

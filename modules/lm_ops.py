@@ -81,6 +81,17 @@ def rotate_interleaved(x: Tensor, rotary: Tensor) -> Tensor:
     return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)  # (B, T, H, D)
 
 
+def rotate_halves(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate channel i with channel i + rotary_dim/2 of the first rotary_dim channels of x (B, T, H, D); the rest passes (GPT-NeoX).
+
+    rotary: (B, T, 1, rotary_dim/2) complex64.
+    """
+    half = rotary.shape[-1]
+    cos, sin = rotary.real, rotary.imag  # (B, T, 1, rotary_dim/2)
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)  # (B, T, H, D)
+
+
 def packed_causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each document; q, k, v and the result are (B, H, T, D).
 

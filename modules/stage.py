@@ -8,15 +8,18 @@ Legend: B sequences of a micro-batch, T tokens, C width, V vocabulary rows.
 
 import hashlib
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.gptj import GPTJBlock, GPTJConfig, initial_std
+from modules.families import FAMILIES
 from modules.lm_ops import Segments, chunked_cross_entropy, rotary_table
+from modules.model_config import ModelConfig
 
 EMBEDDINGS, LM_HEAD = "embeddings", "lm_head"
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def layer_keys(num_layers: int) -> list[str]:
@@ -31,36 +34,33 @@ def layer_key_of_index(index: int) -> str:
 
 def layer_key(parameter_name: str) -> str:
     """The layer key a parameter belongs to. The final LayerNorm belongs to lm_head: it runs on the stage that has the head."""
-    parts = parameter_name.split(".")
-    if parts[:2] == ["transformer", "h"]:
-        return layer_key_of_index(int(parts[2]))
-    return EMBEDDINGS if parts[:2] == ["transformer", "wte"] else LM_HEAD
-
-
-class _Transformer(nn.Module):
-    """The name ``transformer.`` of GPT-J's parameters; no computation of its own."""
-
-    def __init__(self, config: GPTJConfig, layers: range, *, embeddings: bool, final_norm: bool) -> None:
-        super().__init__()
-        if embeddings:
-            self.wte = nn.Embedding(config.vocab_size, config.width)
-        self.h = nn.ModuleDict({str(i): GPTJBlock(config) for i in layers})
-        if final_norm:
-            self.ln_f = nn.LayerNorm(config.width, eps=config.layer_norm_epsilon)
+    for family in FAMILIES:
+        index = family.names.layer_index(parameter_name)
+        if index is not None:
+            return layer_key_of_index(index)
+        if parameter_name.startswith(f"{family.names.trunk}.{family.names.embeddings}."):
+            return EMBEDDINGS
+    return LM_HEAD
 
 
 class Stage(nn.Module):
-    """Layers [first, last) of a GPT-J; with first == 0 also the embeddings, with last == num_layers also ln_f and the head."""
+    """Layers [first, last) of a model; with first == 0 also the embeddings, with last == num_layers also the final norm and the head."""
 
-    def __init__(self, config: GPTJConfig, first: int, last: int) -> None:
+    def __init__(self, config: ModelConfig, first: int, last: int) -> None:
         assert 0 <= first < last <= config.num_layers, (
             f"a stage holds at least one layer of the model: [{first}, {last}) of {config.num_layers}"
         )
         super().__init__()
         self.config, self.first, self.last = config, first, last
-        self.transformer = _Transformer(config, range(first, last), embeddings=self.has_embeddings, final_norm=self.has_head)
+        names, trunk = config.names, nn.Module()
+        if self.has_embeddings:
+            trunk.add_module(names.embeddings, nn.Embedding(config.vocab_size, config.width))
+        trunk.add_module(names.layers, nn.ModuleDict({str(i): config.block() for i in range(first, last)}))
         if self.has_head:
-            self.lm_head = nn.Linear(config.width, config.vocab_size)
+            trunk.add_module(names.final_norm, nn.LayerNorm(config.width, eps=config.layer_norm_epsilon))
+        self.add_module(names.trunk, trunk)
+        if self.has_head:
+            self.add_module(names.head, nn.Linear(config.width, config.vocab_size, bias=config.head_has_bias))
         self._rotary: Tensor | None = None
         self.recomputes = False  # True: only the inputs of layers are kept for the backward, which computes each layer's forward again
 
@@ -72,12 +72,38 @@ class Stage(nn.Module):
     def has_head(self) -> bool:
         return self.last == self.config.num_layers
 
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """Where has_embeddings."""
+        return self._part(f"{self.config.names.trunk}.{self.config.names.embeddings}", nn.Embedding)
+
+    @property
+    def blocks(self) -> nn.ModuleDict:
+        """The layers, by global index as text."""
+        return self._part(f"{self.config.names.trunk}.{self.config.names.layers}", nn.ModuleDict)
+
+    @property
+    def final_norm(self) -> nn.LayerNorm:
+        """Where has_head."""
+        return self._part(f"{self.config.names.trunk}.{self.config.names.final_norm}", nn.LayerNorm)
+
+    @property
+    def head(self) -> nn.Linear:
+        """Where has_head."""
+        return self._part(self.config.names.head, nn.Linear)
+
+    def _part(self, name: str, kind: type[Part]) -> Part:
+        part = self.get_submodule(name)
+        assert isinstance(part, kind), f"{name} is a {type(part).__name__}"
+        return part
+
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        """Token ids (B, T) where the stage has the embeddings, else hidden states (B, T, C), to hidden states (B, T, C) before ln_f."""
+        """Token ids (B, T) where the stage has the embeddings, else hidden states (B, T, C), to hidden states (B, T, C) before the final
+        norm."""
         if self.has_embeddings:
-            x = self.transformer.wte(x)  # (B, T, C)
+            x = self.embeddings(x)  # (B, T, C)
         rotary = self._rotary_at(segments.positions.to(x.device))
-        for block in self.transformer.h.children():
+        for block in self.blocks.children():
             if self.recomputes:  # Chen et al. 2016, arXiv:1604.06174; no layer draws random numbers, so there is no state to keep
                 x = checkpoint(block, x, segments, rotary, use_reentrant=False, preserve_rng_state=False)  # (B, T, C)
             else:
@@ -86,12 +112,13 @@ class Stage(nn.Module):
 
     def loss_sum(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
         """scale * summed cross entropy of the last stage's hidden (B, T, C) against targets (B, T) int64; a float64 scalar."""
-        normed = self.transformer.ln_f(hidden)  # (B, T, C)
-        return chunked_cross_entropy(normed.flatten(0, 1), self.lm_head.weight, self.lm_head.bias, targets.flatten(), scale)
+        normed = self.final_norm(hidden)  # (B, T, C)
+        return chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(), scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, C) of the last stage to logits (B, T, V)."""
-        return self.lm_head(self.transformer.ln_f(hidden))
+        logits: Tensor = self.head(self.final_norm(hidden))
+        return logits
 
     def parameters_by_layer(self) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
         """(layer key, [(name, parameter)...]) in model order: embeddings, layers, head."""
@@ -105,30 +132,29 @@ class Stage(nn.Module):
     def _rotary_at(self, positions: Tensor) -> Tensor:
         """The rotation at ``positions`` (B, T): (B, T, 1, rotary_dim/2) complex64."""
         if self._rotary is None or self._rotary.device != positions.device:
-            self._rotary = rotary_table(self.config.num_positions, self.config.rotary_dim, device=positions.device)
+            self._rotary = rotary_table(self.config.num_positions, self.config.rotary_dim, self.config.rotary_base, device=positions.device)
         return self._rotary[positions][:, :, None]
 
 
-def empty_stage(config: GPTJConfig, first: int, last: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stage:
+def empty_stage(
+    config: ModelConfig, first: int, last: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Stage:
     """A stage with storage of its own and undefined values. torch's allocator aligns every tensor to 64 bytes, as bit-equality needs."""
     return meta_stage(config, first, last).to(dtype).to_empty(device=device)
 
 
-def meta_stage(config: GPTJConfig, first: int, last: int) -> Stage:
+def meta_stage(config: ModelConfig, first: int, last: int) -> Stage:
     """A stage without storage, for names and shapes."""
     with torch.device("meta"):
         return Stage(config, first, last)
 
 
-def draw_parameter(parameter: Tensor, name: str, config: GPTJConfig, seed: int) -> None:
-    """Fill ``parameter`` in place with its initial value, from a generator seeded by (seed, name) alone: no cut and no order changes it."""
-    if ".ln_" in name and name.endswith(".weight"):
-        parameter.fill_(1.0)
-        return
-    std = initial_std(name, config)
-    if std == 0.0:
-        parameter.zero_()
+def draw_parameter(parameter: Tensor, name: str, config: ModelConfig, seed: int) -> None:
+    """Fill ``parameter`` in place with its initial value, as transformers' _init_weights does, from a generator seeded by (seed, name)
+    alone: no cut and no order changes it."""
+    if parameter.ndim == 1:  # of a LayerNorm, or a bias
+        parameter.fill_(1.0 if name.endswith(".weight") else 0.0)
         return
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, config.initializer_range, generator=generator))

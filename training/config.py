@@ -38,7 +38,11 @@ class Config:
 
     model_name: str | None = flag(None, "the model: a layer-sharded folder, a Hugging Face folder or a hub name; required", group=_MODEL)
     tokenizer_name: str | None = flag(None, "the tokenizer: a folder or hub name; left out: the one in --model-name", group=_MODEL)
-    model_type: Literal["gptj"] = flag("gptj", "the family of the model; checked against its config.json", group=_MODEL)
+    model_type: Literal["gptj", "gptneox"] | None = flag(
+        None,
+        "the model's family, only checked (gptneox: also Pythia, RedPajama-INCITE); left out: as config.json says",
+        group=_MODEL,
+    )
     embedding_dim: int | None = flag(None, "width of the model, only checked; left out: as config.json says", group=_MODEL)
     load_pretrained_model: bool = flag(
         True, "true: start from the model's weights; false: draw them, seeded by (--seed, parameter name)", group=_MODEL

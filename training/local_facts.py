@@ -12,7 +12,8 @@ from checkpoint.model_folder import ModelFolder, check_model_folder, resolve_mod
 from comms.codecs import check_width
 from comms.interfaces import Interface, choose_interface, select_for_transport
 from comms.place import Place, place_of
-from modules.gptj import GPTJConfig
+from modules.families import read_model_config
+from modules.model_config import ModelConfig
 from pipeline_parallel.partition import Cut, cut_by_num_layers, cut_by_stage_layers, even_cut, parse_stage_layers
 from training.config import Config
 from user_error import UserError
@@ -27,7 +28,7 @@ class LocalFacts:
     device: torch.device
     backend: str
     model: ModelFolder
-    model_config: GPTJConfig
+    model_config: ModelConfig
     cut: Cut
 
 
@@ -42,12 +43,12 @@ def look_around(config: Config) -> LocalFacts:
     device, backend = _device_and_backend(config)
     open_folder = ModelFolder.open if config.load_pretrained_model else ModelFolder.open_config
     model = open_folder(resolve_model_folder(config.model_name))
-    if model.config.get("model_type") != config.model_type:
+    model_config = read_model_config(model.config)
+    if config.model_type not in (None, model_config.model_type):
         raise UserError(
             f"--model-type must be that of the model; it is {config.model_type}, {model.path / 'config.json'} says "
-            f"{model.config.get('model_type')!r}"
+            f"{model.config.get('model_type')!r}, which is {model_config.model_type}. Leave it out, or give another --model-name"
         )
-    model_config = GPTJConfig.from_hf(model.config)
     check_model_folder(model, model_config)
     if config.embedding_dim not in (None, model_config.width):
         raise UserError(

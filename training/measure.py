@@ -22,9 +22,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from modules.gptj import GPTJConfig
 from modules.linear import WeightGradients, linears
 from modules.lm_ops import HEAD_CHUNK_ROWS, Segments
+from modules.model_config import ModelConfig
 from modules.stage import EMBEDDINGS, LM_HEAD, empty_stage, layer_key_of_index, meta_stage
 from pipeline_parallel.partition import Cut, StageCost, explain_cut, size_in_words, stage_bytes, stage_seconds
 from training.report import table
@@ -62,7 +62,7 @@ class MeasuredCosts:
 
 
 def measure_costs(
-    config: GPTJConfig,
+    config: ModelConfig,
     /,
     *,
     device: torch.device,
@@ -130,7 +130,7 @@ class ParameterCounts(NamedTuple):
     head: int
 
 
-def count_parameters(config: GPTJConfig) -> ParameterCounts:
+def count_parameters(config: ModelConfig) -> ParameterCounts:
     """From shapes alone."""
     whole = meta_stage(dataclasses.replace(config, num_layers=1), 0, 1)
     counts = {key: sum(p.numel() for _, p in named) for key, named in whole.parameters_by_layer()}
@@ -140,7 +140,9 @@ def count_parameters(config: GPTJConfig) -> ParameterCounts:
 class _Trial:
     """The parts of a stage, with random weights, and one micro-batch. Its methods are the steps of a round, in a stage's order."""
 
-    def __init__(self, config: GPTJConfig, device: torch.device, shape: tuple[int, int], *, with_embeddings: bool, with_head: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device, shape: tuple[int, int], *, with_embeddings: bool, with_head: bool
+    ) -> None:
         """shape: (B, T)."""
         generator = torch.Generator().manual_seed(0)
         self.token_ids = torch.randint(config.vocab_size, shape, generator=generator).to(device)  # (B, T)
@@ -151,8 +153,8 @@ class _Trial:
         ends = dataclasses.replace(config, num_layers=2)  # the layers of these two never get storage
         self.first, self.last = meta_stage(ends, 0, 1), meta_stage(ends, 1, 2)
         used = [
-            *([self.first.transformer.wte] if with_embeddings else []),
-            *([self.last.transformer.ln_f, self.last.lm_head] if with_head else []),
+            *([self.first.embeddings] if with_embeddings else []),
+            *([self.last.final_norm, self.last.head] if with_head else []),
         ]
         for part in used:
             _fill(part.to_empty(device=device), generator)
@@ -169,7 +171,7 @@ class _Trial:
         self.y.backward(self.hidden)
 
     def embeddings(self) -> None:
-        self.first.transformer.wte(self.token_ids).backward(self.hidden)
+        self.first.embeddings(self.token_ids).backward(self.hidden)
 
     def bytes_kept_per_layer(self) -> int:
         """Of the storages that a forward saves for its backward, weights excepted."""
@@ -200,7 +202,7 @@ class _Trial:
 
 
 def _measure(
-    config: GPTJConfig,
+    config: ModelConfig,
     device: torch.device,
     shape: tuple[int, int],
     with_embeddings: bool,
@@ -267,7 +269,7 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
 def stage_costs(
     measured: Sequence[Sequence[MeasuredCosts]],
     memory_limits: Sequence[int],
-    config: GPTJConfig,
+    config: ModelConfig,
     *,
     num_tokens: int,
     recomputes: bool,

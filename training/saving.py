@@ -23,7 +23,8 @@ from checkpoint.manifest import find_newest_step
 from checkpoint.model_folder import ModelFolder, load_stage
 from checkpoint.tensor_file import FileRecord
 from checkpoint.train_state import load_train_state, pack_train_state, read_trainer_state
-from modules.gptj import GPTJConfig
+from modules.families import read_model_config
+from modules.model_config import ModelConfig
 from modules.stage import Stage
 from optim.build import AdamW
 from training.job import COLLECTIVE_TIMEOUT, Job
@@ -44,7 +45,7 @@ class ResumePoint:
     trainer: dict[str, Any]
 
 
-def find_resume_point(root: Path, model_config: GPTJConfig) -> ResumePoint | None:
+def find_resume_point(root: Path, model_config: ModelConfig) -> ResumePoint | None:
     """On rank 0: the newest complete step of ``root``, None if there is none. Raises UserError if it is one of another model."""
     folder, warnings = find_newest_step(root)
     for warning in warnings:
@@ -52,13 +53,13 @@ def find_resume_point(root: Path, model_config: GPTJConfig) -> ResumePoint | Non
     if folder is None:
         return None
     saved = ModelFolder.open(folder)
-    if saved.config.get("model_type") != model_config.model_type:
+    if saved.config.get("model_type") != model_config.hf_model_type:
         raise UserError(
             f"a run resumes its own model; {folder} is a checkpoint of model type {saved.config.get('model_type')!r}, "
-            f"--model-name is {model_config.model_type!r}. "
+            f"--model-name is {model_config.hf_model_type!r}. "
             "Use another --checkpoint-path"
         )
-    saved_config = GPTJConfig.from_hf(saved.config)
+    saved_config = read_model_config(saved.config)
     differing = [
         f"{name} {value} and {getattr(model_config, name)}"
         for name, value in asdict(saved_config).items()
