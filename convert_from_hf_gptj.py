@@ -17,7 +17,7 @@ try:
 
     from checkpoint.atomic_folder import check_target
     from checkpoint.companions import tokenizer_files
-    from checkpoint.layer_store import write_model_folder
+    from checkpoint.layered_folder import write_model_folder
     from checkpoint.model_folder import ModelFolder, check_model_folder, resolve_model_folder
     from modules.gptj import GPTJConfig
     from user_error import UserError

@@ -15,17 +15,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint.atomic_folder import PARTIAL_SUFFIX, atomic_folder
-from checkpoint.companions import copy_companions
-from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, checkpoint_problems, write_manifest
-from checkpoint.model_folder import ModelFolder, check_model_folder
+from checkpoint.atomic_folder import PARTIAL_SUFFIX
+from checkpoint.layered_folder import file_of_layer, finish_folder
+from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, checkpoint_problems
 from checkpoint.tensor_file import (
     FileRecord,
     TensorSource,
@@ -35,20 +33,11 @@ from checkpoint.tensor_file import (
     write_tensor_file,
 )
 from checkpoint.train_state import TRAINER_FORMAT
-from checkpoint.weight_file import open_weight_file
-from modules.families import read_model_config
-from modules.model_config import ModelConfig
-from modules.stage import layer_key, layer_keys
+from modules.stage import layer_key
 from user_error import UserError
 
 VISIBLE_WITHIN_S = 10.0  # network filesystems show another host's files with a delay; a folder that is not shared never does
-INDEX = "model.safetensors.index.json"
 _SHARED = "--checkpoint-path must be a folder that all hosts share. Give one on a shared filesystem."
-
-
-def file_of_layer(key: str) -> str:
-    """The file that holds a layer, of weights and (inside train_state) of training state."""
-    return f"{key}.safetensors"
 
 
 class StepWriter:
@@ -102,7 +91,7 @@ class StepWriter:
         assert all(f"{TRAIN_STATE}/{file}" in names for file in weight_map.values()), f"a layer without training state: {sorted(names)}"
         with explained_disk_errors(self.partial):
             trainer_record = write_json_file(self.partial / TRAINER_FILE, {"format": TRAINER_FORMAT, **trainer}, relative_to=self.partial)
-            _finish(self.partial, [*records, trainer_record], weight_map, copy_from, step=self.step)
+            finish_folder(self.partial, [*records, trainer_record], weight_map, copy_from, step=self.step)
             fsync_directory(self.partial / TRAIN_STATE)
             fsync_directory(self.partial)
             if self.final.exists():
@@ -127,27 +116,6 @@ class StepWriter:
             raise UserError(f"rank 0 does not see {what}, which other ranks have written (waited {within_s:g} s): {_SHARED}")
 
 
-def write_model_folder(
-    source: ModelFolder, target: Path, config: ModelConfig, progress: Callable[[str, int], object] = lambda key, num_bytes: None
-) -> Path:
-    """Write ``source`` as a layer-sharded model folder ``target`` with manifest, tensor by tensor, every weight's dtype kept.
-
-    ``progress`` hears (layer key, bytes just written). ``target`` must be missing or empty; it appears as a whole or not at all.
-    """
-    check_model_folder(source, config)
-    by_layer: dict[str, list[TensorSource]] = {key: [] for key in layer_keys(config.num_layers)}
-    for name in source.names():
-        by_layer[layer_key(name)].append(source.tensor_source(name))
-    with atomic_folder(target, num_bytes=source.num_bytes()) as folder:
-        records = [
-            write_tensor_file(folder / file_of_layer(key), sources, relative_to=folder, progress=partial(progress, key))
-            for key, sources in by_layer.items()
-        ]
-        weight_map = {s.name: file_of_layer(key) for key, sources in by_layer.items() for s in sources}
-        _finish(folder, records, weight_map, [source.path], step=None)
-    return target
-
-
 def remove_partials(root: Path) -> list[str]:
     """Remove what killed saves left in ``root``, and return the names. For the holder of root's lock, before the first save."""
     rests = [entry for entry in sorted(root.glob(f".*{PARTIAL_SUFFIX}")) if entry.name[1 : -len(PARTIAL_SUFFIX)].isdigit()]
@@ -155,19 +123,6 @@ def remove_partials(root: Path) -> list[str]:
         for rest in rests:
             shutil.rmtree(rest)
     return [rest.name for rest in rests]
-
-
-def _finish(
-    folder: Path, records: Sequence[FileRecord], weight_map: Mapping[str, str], copy_from: Sequence[Path], *, step: int | None
-) -> None:
-    """Complete a folder that holds the layers' files: index, configuration, tokenizer, a strict check of it all, and last the manifest."""
-    specs = [spec for file in sorted(set(weight_map.values())) for spec in open_weight_file(folder / file).specs.values()]
-    index = {"metadata": {"total_size": sum(spec.num_bytes for spec in specs)}, "weight_map": dict(sorted(weight_map.items()))}
-    index_record = write_json_file(folder / INDEX, index, relative_to=folder)
-    companions = copy_companions(copy_from, folder, dtypes={spec.dtype for spec in specs})
-    written = ModelFolder.open(folder)
-    check_model_folder(written, read_model_config(written.config))
-    write_manifest(folder, [*records, index_record, *companions], step)
 
 
 def _seen_within(within_s: float, seen: Callable[[], bool]) -> bool:

@@ -11,13 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoint.tensor_file import TensorSource
-from checkpoint.weight_file import FETCH_AGAIN, TensorSpec, WeightFile, open_weight_file
+from checkpoint.weight_file import FETCH_AGAIN, StoredWeight, TensorSpec, open_weight_file
 from modules.families import canonical_name, is_legacy_buffer, read_model_config
 from modules.model_config import ModelConfig
 from modules.stage import Stage, meta_stage
@@ -50,7 +50,7 @@ def resolve_model_folder(name: str) -> Path:
 class ModelFolder:
     """An open model folder. Make it with ``ModelFolder.open``; ranks on different hosts compare ``digest()``."""
 
-    def __init__(self, path: Path, config: dict[str, Any], weights: Mapping[str, "StoredWeight"]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], weights: Mapping[str, StoredWeight]) -> None:
         """weights: by their Hugging Face names, wherever they lie and whatever they are called there."""
         self.path, self.config = path, config
         self._weights = dict(weights)
@@ -111,17 +111,6 @@ class ModelFolder:
         """sha256 over the configuration and every (name, shape, dtype): equal where hosts see the same kind of model. Reads no weights."""
         table = [(name, list(self.shape(name)), str(self.dtype(name))) for name in self.names()]
         return hashlib.sha256(json.dumps([self.config, table], sort_keys=True).encode()).hexdigest()
-
-
-class StoredWeight(NamedTuple):
-    """Where a weight lies: an open file, and the weight's name in it."""
-
-    file: WeightFile
-    name: str
-
-    @property
-    def spec(self) -> TensorSpec:
-        return self.file.specs[self.name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,17 @@ class WeightFile(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped: copy what you keep, do not write into it."""
+
+
+class StoredWeight(NamedTuple):
+    """Where a weight lies: an open file, and the weight's name in it."""
+
+    file: WeightFile
+    name: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.file.specs[self.name]
 
 
 def open_weight_file(path: Path) -> WeightFile:

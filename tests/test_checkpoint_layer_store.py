@@ -21,7 +21,8 @@ from checkpoint_helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from checkpoint.layer_store import StepWriter, remove_partials, write_model_folder
+from checkpoint.layer_store import StepWriter, remove_partials
+from checkpoint.layered_folder import write_model_folder
 from checkpoint.manifest import find_newest_step, verify_step
 from checkpoint.model_folder import ModelFolder
 from modules.gptj import GPTJConfig

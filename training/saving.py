@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from checkpoint.job_lock import read_lock_token
-from checkpoint.layer_store import StepWriter, file_of_layer
+from checkpoint.layer_store import StepWriter
+from checkpoint.layered_folder import file_of_layer
 from checkpoint.manifest import find_newest_step
 from checkpoint.model_folder import ModelFolder, load_stage
 from checkpoint.tensor_file import FileRecord
