@@ -17,9 +17,9 @@ from collections.abc import Sequence
 try:
     from comms.links import PeerLost
     from comms.place import place_of
-    from training.config import parse_config, parse_meeting_point
     from training.job import EXIT_FAILED, TELL_FLAGS_S, meet, tell_others
     from training.loop import train
+    from training.parsing import parse_config, parse_meeting_point
     from training.report import set_up_logging
     from user_error import UserError
 except ModuleNotFoundError as missing:

@@ -1,13 +1,14 @@
 """The checkpoint folder: a Hugging Face folder sharded by layer, written by many ranks, that exists as a whole or not at all.
 
-    <root>/.<step>.partial/   begin (rank 0) .. write_layer, write_train_state (every rank of replica 0) .. commit (rank 0)
+    <root>/.<step>.partial/   begin (its keeper) .. write_layer, write_train_state (its writers) .. prepare, commit (its keeper)
     <root>/<step>/            the same folder after one rename
 
-Promises: at whatever moment the job is killed, ``<root>/<step>`` is either not there or complete, and the steps before it are untouched.
-Files are flushed before the manifest is written, the manifest before the rename. The files are cut by layer, never by stage, so a
-checkpoint can be resumed at any pipeline degree; ``from_pretrained(<step folder>)`` works. A model folder is the same without
+Where hosts share no disk there is one such folder per host, with the layers of that host's ranks; its keeper is the lowest rank that
+sees it. Promises: at whatever moment the job is killed, ``<root>/<step>`` is either not there or complete, and the steps before it are
+untouched. Files are flushed before the manifest is written, the manifest before the rename. The files are cut by layer, never by stage, so
+a checkpoint can be resumed at any pipeline degree; ``from_pretrained(<step folder>)`` works. A model folder is the same without
 train_state.
-Left to others: who calls when, the barriers between (the training loop), what the training state holds (train_state.py).
+Left to others: who calls when, who waits for whom (training/saving.py), what the training state holds (train_state.py).
 """
 
 import itertools
@@ -22,88 +23,96 @@ import torch
 from torch import Tensor
 
 from checkpoint.atomic_folder import PARTIAL_SUFFIX
-from checkpoint.layered_folder import file_of_layer, finish_folder
-from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, checkpoint_problems
-from checkpoint.tensor_file import (
-    FileRecord,
-    TensorSource,
-    explained_disk_errors,
-    fsync_directory,
-    write_json_file,
-    write_tensor_file,
-)
+from checkpoint.companions import copy_companions
+from checkpoint.layered_folder import INDEX, file_of_layer
+from checkpoint.manifest import MANIFEST, TRAIN_STATE, TRAINER_FILE, checkpoint_problems, step_folders, write_manifest
+from checkpoint.model_folder import ModelFolder
+from checkpoint.tensor_file import FileRecord, TensorSource, explained_disk_errors, fsync_directory, write_json_file, write_tensor_file
 from checkpoint.train_state import TRAINER_FORMAT
+from checkpoint.weight_file import open_weight_file
 from modules.stage import layer_key
 from user_error import UserError
 
-VISIBLE_WITHIN_S = 10.0  # network filesystems show another host's files with a delay; a folder that is not shared never does
-_SHARED = "--checkpoint-path must be a folder that all hosts share. Give one on a shared filesystem."
+VISIBLE_WITHIN_S = 10.0  # network filesystems show another host's files with a delay
 
 
 class StepWriter:
-    """Writes one step. Every rank makes its own; ``begin`` and ``commit`` are rank 0's, a barrier after the one and before the other."""
+    """Writes one step into one folder. Every rank makes its own; begin, prepare and commit are the keeper's, after the writers' parts."""
 
     def __init__(self, root: Path, step: int) -> None:
         assert step >= 0, "a step is counted from 0"
         self.step, self.root = step, root
         self.final, self.partial = root / str(step), root / f".{step}{PARTIAL_SUFFIX}"
 
-    def is_complete(self) -> bool:
-        """True if this step is there already (the job was resumed at exactly this step): saving it again may then be left out."""
-        return not checkpoint_problems(self.final)
-
     def begin(self) -> None:
-        """Rank 0: an empty partial folder; what an earlier, killed attempt at this step left is removed."""
+        """The keeper: an empty partial folder; what an earlier, failed attempt at this step left is removed."""
         with explained_disk_errors(self.partial):
             if self.partial.exists():
                 shutil.rmtree(self.partial)
             (self.partial / TRAIN_STATE).mkdir(parents=True)
 
     def write_layer(self, key: str, weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> FileRecord:
-        """Any rank: the weights of one layer, each as the dtype that the model folder gave it. Values are copied before this returns."""
+        """A writer: the weights of one layer, each as the dtype that the model folder gave it. Values are copied before this returns."""
         assert all(layer_key(name) == key for name in weights), f"these weights do not all belong to {key}: {sorted(weights)}"
         return self._write(file_of_layer(key), [TensorSource.of(name, tensor, dtypes[name]) for name, tensor in weights.items()])
 
     def write_train_state(self, key: str, tensors: Mapping[str, Tensor]) -> FileRecord:
-        """Any rank: what pack_train_state made of one layer."""
+        """A writer: what pack_train_state made of one layer."""
         return self._write(f"{TRAIN_STATE}/{file_of_layer(key)}", [TensorSource.of(name, tensor) for name, tensor in tensors.items()])
 
-    def commit(
+    def prepare(
         self,
         records: Sequence[FileRecord],
-        weight_map: Mapping[str, str],
+        elsewhere: Sequence[FileRecord],
+        *,
+        position: int,
+        model: ModelFolder,
         copy_from: Sequence[Path],
         trainer: Mapping[str, Any],
-        *,
         visible_within_s: float = VISIBLE_WITHIN_S,
-    ) -> Path:
-        """Rank 0, after every rank has written: make the step exist. ``records`` of all ranks; ``weight_map`` weight name -> file.
+    ) -> None:
+        """The keeper, after every writer of every folder has written: all of the step but the rename.
 
-        ``copy_from``: the model folder, then the tokenizer's if it is another one (see ``copy_companions``). Returns the step's folder.
-        A complete folder of this step is never replaced: the new attempt is dropped (it would hold the same bytes). A damaged one is moved
-        aside to ``<step>.damaged``. Raises UserError if rank 0 does not see what another rank has written, or the folder is no whole model.
+        ``records``: what this folder's writers wrote; ``elsewhere``: what those of other folders did. ``model``: names, shapes and dtypes
+        of the whole model. ``copy_from``: folders for ``copy_companions``. Raises UserError if the keeper does not see what a writer has
+        written, or a file does not hold its layer.
         """
-        if self.is_complete():
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return self.final
         self._check_visible(records, visible_within_s)
-        names = {record.name for record in records}
-        assert all(f"{TRAIN_STATE}/{file}" in names for file in weight_map.values()), f"a layer without training state: {sorted(names)}"
         with explained_disk_errors(self.partial):
             trainer_record = write_json_file(self.partial / TRAINER_FILE, {"format": TRAINER_FORMAT, **trainer}, relative_to=self.partial)
-            finish_folder(self.partial, [*records, trainer_record], weight_map, copy_from, step=self.step)
+            names = {record.name for record in (*records, *elsewhere)}
+            weight_map = {name: file_of_layer(layer_key(name)) for name in model.names()}
+            absent = sorted(set(weight_map.values()) - names)
+            assert not absent, f"nobody has written {absent}"
+            self._check_weights({record.name for record in records}, weight_map, model)
+            index = {"metadata": {"total_size": model.num_bytes()}, "weight_map": dict(sorted(weight_map.items()))}
+            index_record = write_json_file(self.partial / INDEX, index, relative_to=self.partial)
+            companions = copy_companions(copy_from, self.partial, dtypes={model.dtype(name) for name in model.names()})
+            here = [*records, trainer_record, index_record, *companions]
+            write_manifest(self.partial, here, self.step, position=position, elsewhere=elsewhere)
             fsync_directory(self.partial / TRAIN_STATE)
             fsync_directory(self.partial)
+
+    def commit(self) -> Path:
+        """The keeper, after all keepers have prepared: make the step exist, and return its folder.
+
+        What has the step's name already (it counted in other units, or was found damaged) is moved aside, never replaced.
+        """
+        with explained_disk_errors(self.partial):
             if self.final.exists():
-                os.rename(self.final, _unused(self.root, f"{self.step}.damaged"))
+                set_aside(self.final)
             os.rename(self.partial, self.final)
             fsync_directory(self.root)
         return self.final
 
+    def abandon(self) -> None:
+        """The keeper, where a part of the step could not be written: a disk that is full should not stay full of this."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def _write(self, name: str, sources: Sequence[TensorSource]) -> FileRecord:
         with explained_disk_errors(self.partial / name):
             if not _seen_within(VISIBLE_WITHIN_S, (self.partial / name).parent.is_dir):
-                raise UserError(f"this host does not see {self.partial}, which rank 0 has made: {_SHARED}")
+                raise UserError(f"this host no longer sees {self.partial}, which another one has made. Look at the filesystem under it")
             return write_tensor_file(self.partial / name, sources, relative_to=self.partial)
 
     def _check_visible(self, records: Sequence[FileRecord], within_s: float) -> None:
@@ -113,7 +122,40 @@ class StepWriter:
         if not _seen_within(within_s, lambda: not unseen()):
             names = unseen()
             what = f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} in {self.partial}"
-            raise UserError(f"rank 0 does not see {what}, which other ranks have written (waited {within_s:g} s): {_SHARED}")
+            raise UserError(f"{what} cannot be seen by the host that completes the step (waited {within_s:g} s). Look at the filesystem")
+
+    def _check_weights(self, written: set[str], weight_map: Mapping[str, str], model: ModelFolder) -> None:
+        for file in sorted(written & set(weight_map.values())):
+            specs = open_weight_file(self.partial / file).specs
+            expected = {name: (model.shape(name), model.dtype(name)) for name in weight_map if weight_map[name] == file}
+            seen = {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
+            assert seen == expected, f"{file} must hold exactly its layer: {expected}, and holds {seen}"
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a step's folder so that nobody takes it for one, and return its new path. Damaged ones and others are told apart."""
+    suffix = "damaged" if checkpoint_problems(folder) else "set-aside"
+    target = _unused(folder.parent, f"{folder.name}.{suffix}")
+    os.rename(folder, target)
+    fsync_directory(folder.parent)
+    return target
+
+
+def remove_old_steps(root: Path, keep: int) -> list[str]:
+    """Delete all but the newest ``keep`` steps of ``root``, complete or not, and return their names. Call it after a commit.
+
+    Each is renamed before it is deleted: a job killed meanwhile leaves the rest of a partial and never half a step.
+    """
+    assert keep >= 1, "the newest step always stays"
+    removed = []
+    for folder in step_folders(root)[keep:]:
+        hidden = root / f".{folder.name}{PARTIAL_SUFFIX}"
+        with explained_disk_errors(folder):
+            os.rename(folder, hidden)
+            fsync_directory(root)
+            shutil.rmtree(hidden)
+        removed.append(folder.name)
+    return removed
 
 
 def remove_partials(root: Path) -> list[str]:
@@ -123,6 +165,12 @@ def remove_partials(root: Path) -> list[str]:
         for rest in rests:
             shutil.rmtree(rest)
     return [rest.name for rest in rests]
+
+
+def prepared_steps(root: Path) -> list[str]:
+    """The steps whose partial folder lacks nothing but the rename. For the holder of root's lock."""
+    names = [entry.name[1 : -len(PARTIAL_SUFFIX)] for entry in sorted(root.glob(f".*{PARTIAL_SUFFIX}"))]
+    return [name for name in names if name.isdigit() and (root / f".{name}{PARTIAL_SUFFIX}" / MANIFEST).is_file()]
 
 
 def _seen_within(within_s: float, seen: Callable[[], bool]) -> bool:

@@ -1,13 +1,23 @@
 """manifest.json: the list of a folder's files that makes the folder exist. It is written last; what is at odds with it does not count.
 
-Promises: ``find_newest_step`` returns a folder only if every file of its manifest is there in full size, says in words why it passed a
-newer one over, and never changes anything. Sizes are what a killed or full disk gets wrong; ``hashes=True`` also finds flipped bits, at
-the price of reading everything. Left to others: writing the folder (layer_store.py).
+    {"format": 2, "step": 100, "position": 6400,
+     "files": {"layer_00.safetensors": {"size": ..., "sha256": ...}, ...},         in this folder
+     "elsewhere": {"layer_07.safetensors": {...}, ...}}                            of the same step, in folders of other hosts
+
+``position`` counts the sequences that the weights have been trained on: it orders steps, also where a run was resumed with other
+accumulation and its step numbers began to count in other units. ``elsewhere`` is there where hosts share no disk: files and elsewhere
+together are the checkpoint. Merging folders of one step is a plain copy: whichever manifest remains, it still lists everything.
+
+Promises: ``find_newest_step`` returns a folder only if every file is there in full size, says in words why it passed a newer one over,
+and never changes anything. Sizes are what a killed or full disk gets wrong; ``hashes=True`` also finds flipped bits, at the price of
+reading everything. Left to others: writing the folder (layer_store.py), putting several folders together (training/resuming.py,
+gather.py).
 """
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +28,73 @@ from user_error import UserError
 MANIFEST = "manifest.json"
 TRAIN_STATE = "train_state"
 TRAINER_FILE = f"{TRAIN_STATE}/trainer.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+READABLE_FORMATS = (1, MANIFEST_FORMAT)  # 1 knew neither position nor elsewhere
 
 
-def write_manifest(folder: Path, records: Sequence[FileRecord], step: int | None) -> None:
-    """Write ``folder``'s manifest; ``step`` is None for a model folder."""
-    files = {record.name: {"size": record.size, "sha256": record.sha256} for record in sorted(records, key=lambda record: record.name)}
-    assert len(files) == len(records), "every file of a folder is recorded once"
-    write_json_file(folder / MANIFEST, {"format": MANIFEST_FORMAT, "step": step, "files": files}, relative_to=folder)
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What manifest.json says. step and position are None for a model folder; the mappings go from file name to its record."""
+
+    step: int | None
+    position: int | None
+    here: Mapping[str, FileRecord]
+    elsewhere: Mapping[str, FileRecord]
+
+    @property
+    def everywhere(self) -> dict[str, FileRecord]:
+        """Every file of the checkpoint."""
+        return {**self.elsewhere, **self.here}
 
 
-def read_manifest(folder: Path) -> tuple[int | None, list[FileRecord]]:
-    """(step or None, every file). Raises UserError if the manifest is missing or is none that this version reads."""
+def write_manifest(
+    folder: Path, records: Sequence[FileRecord], step: int | None, *, position: int | None = None, elsewhere: Sequence[FileRecord] = ()
+) -> None:
+    """Write ``folder``'s manifest; ``step`` and ``position`` are None for a model folder."""
+    here, others = _table(records), _table(elsewhere)
+    assert not set(here) & set(others), "a file that is here is not listed as elsewhere"
+    content = {"format": MANIFEST_FORMAT, "step": step, "position": position, "files": here, "elsewhere": others}
+    write_json_file(folder / MANIFEST, content, relative_to=folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises UserError if the manifest is missing or is none that this version reads."""
     content = read_json_object(folder / MANIFEST)
-    if content.get("format") != MANIFEST_FORMAT:
+    if content.get("format") not in READABLE_FORMATS:
         raise UserError(f"{folder / MANIFEST} has the format {content.get('format')!r}; this version reads format {MANIFEST_FORMAT}")
     try:
-        return content["step"], [_record(name, entry) for name, entry in content["files"].items()]
+        return Manifest(
+            step=content["step"],
+            position=content.get("position"),
+            here=_records(content["files"]),
+            elsewhere=_records(content.get("elsewhere", {})),
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged: it does not list files with size and sha256") from error
 
 
 def verify_step(folder: Path, hashes: bool = False, *, only: Collection[str] | None = None) -> list[str]:
-    """What is wrong with a step (or model) folder, one clause per defect; [] if it is complete.
+    """What is wrong with a step (or model) folder, one clause per defect; [] if all of the checkpoint is in it.
 
     ``hashes``: also read the files and compare their sha256. ``only``: look at the files of these names alone, as a rank may that
     reads its own layers.
     """
     try:
-        step, records = read_manifest(folder)
+        manifest = read_manifest(folder)
     except UserError as error:
         return [str(error)]
-    chosen = [record for record in records if only is None or record.name in only]
-    problems = [problem for record in chosen if (problem := _file_problem(folder, record, hashes))]
-    if step is not None and TRAINER_FILE not in {record.name for record in records}:
+    chosen = [record for name, record in sorted(manifest.everywhere.items()) if only is None or name in only]
+    problems = [problem for record in chosen if (problem := file_problem(folder, record, hashes))]
+    if any(not (folder / name).exists() for name in manifest.elsewhere):
+        problems.append("the files of other hosts must be put beside these: python -m checkpoint.gather HOSTDIR... --out DIR")
+    if manifest.step is not None and TRAINER_FILE not in manifest.everywhere:
         problems.append(f"{MANIFEST} does not list {TRAINER_FILE}")
     return problems
 
 
 def find_newest_step(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete step folder in ``root`` (None if there is none), and a warning for every newer one that had to be passed over."""
+    """The newest step folder in ``root`` that holds all of its checkpoint, None if there is none; and a warning for every newer one that
+    had to be passed over."""
     warnings: list[str] = []
     for folder in step_folders(root):
         problems = checkpoint_problems(folder)
@@ -70,46 +107,80 @@ def find_newest_step(root: Path) -> tuple[Path | None, list[str]]:
 
 def checkpoint_problems(folder: Path) -> list[str]:
     """As verify_step, and also: the folder must be the training step that its name says."""
-    problems = verify_step(folder)
-    if not problems:
-        step, _ = read_manifest(folder)
-        if step is None:
-            return [f"its {MANIFEST} calls it a model folder, without training state"]
-        if str(step) != folder.name:
-            return [f"its {MANIFEST} calls it step {step}"]
-    return problems
+    return verify_step(folder) or name_problems(folder, read_manifest(folder))
+
+
+def name_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """[] if the manifest is that of the training step which the folder's name says, else one clause."""
+    if manifest.step is None:
+        return [f"its {MANIFEST} calls it a model folder, without training state"]
+    return [] if str(manifest.step) == folder.name else [f"its {MANIFEST} calls it step {manifest.step}"]
 
 
 def step_folders(root: Path) -> list[Path]:
-    """The folders in ``root`` that are named by a step, newest first, complete or not."""
+    """The folders in ``root`` that are named by a step, complete or not, newest first: by position where manifests say it.
+
+    One whose manifest does not say it stands before all others whose number is not larger.
+    """
     if not root.is_dir():
         return []
     folders = [entry for entry in root.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", entry.name) and entry.is_dir()]
-    return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
+    positions = {folder: _position(folder) for folder in folders}
+    ordered = sorted((f for f in folders if positions[f] is not None), key=lambda f: (positions[f], int(f.name)), reverse=True)
+    for folder in sorted((f for f in folders if positions[f] is None), key=lambda folder: int(folder.name)):
+        place = next((i for i, other in enumerate(ordered) if int(other.name) <= int(folder.name)), len(ordered))
+        ordered.insert(place, folder)
+    return ordered
 
 
-def _record(name: str, entry: Any) -> FileRecord:
-    if not isinstance(name, str) or not isinstance(entry["sha256"], str) or type(entry["size"]) is not int:
-        raise TypeError(name)
-    return FileRecord(name=name, size=entry["size"], sha256=entry["sha256"])
+def _position(folder: Path) -> int | None:
+    try:
+        return read_manifest(folder).position
+    except UserError:
+        return None
 
 
-def _file_problem(folder: Path, record: FileRecord, hashes: bool) -> str | None:
+def file_problem(folder: Path, record: FileRecord, hashes: bool = False) -> str | None:
+    """What is wrong with one file of ``folder``, as a clause that names it; None if nothing is."""
     path = folder / record.name
     try:
         size = path.stat().st_size
+        if size != record.size:
+            return f"{record.name} has {size} bytes, must have {record.size}"
+        if hashes and sha256_of(path) != record.sha256:
+            return f"{record.name} has changed: its sha256 is not the one in {MANIFEST}"
     except FileNotFoundError:
         return f"{record.name} is missing"
-    if size != record.size:
-        return f"{record.name} has {size} bytes, must have {record.size}"
-    if hashes and _sha256(path) != record.sha256:
-        return f"{record.name} has changed: its sha256 is not the one in {MANIFEST}"
+    except OSError as error:
+        return f"{record.name} cannot be read ({error.strerror})"
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _table(records: Sequence[FileRecord]) -> dict[str, dict[str, Any]]:
+    table = {record.name: {"size": record.size, "sha256": record.sha256} for record in sorted(records, key=lambda record: record.name)}
+    assert len(table) == len(records), "every file of a folder is recorded once"
+    return table
+
+
+def _records(table: Mapping[str, Any]) -> dict[str, FileRecord]:
+    return {name: _record(name, entry) for name, entry in table.items()}
+
+
+def _record(name: str, entry: Any) -> FileRecord:
+    if not isinstance(entry["sha256"], str) or type(entry["size"]) is not int or not _is_inside(name):
+        raise TypeError(name)
+    return FileRecord(name=name, size=entry["size"], sha256=entry["sha256"])
+
+
+def _is_inside(name: str) -> bool:
+    """A name from disk or wire never leads out of its folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts

@@ -1,14 +1,16 @@
-"""A model on disk, read as a whole: a Hugging Face folder (one file or shards, safetensors or torch) or one of our own, which are the same.
+"""A model on disk, read as a whole: a Hugging Face folder (one file or shards, safetensors or torch), one of our own, which is the same, or
+the layer shards of this trainer's relatives.
 
 Promises: opening reads headers and never weights; names, shapes and files are proven before the first weight is copied; the legacy
-buffers of old files do not exist for anyone who looks through a ModelFolder, and a weight has one name whoever wrote it. Every defect of
-a folder is a UserError that names file and tensor.
+buffers of old files do not exist for anyone who looks through a ModelFolder (``dropped`` lists them), 8-bit weights look like ordinary
+ones, and a weight has one name whoever wrote it. Every defect of a folder is a UserError that names file and tensor.
 Left to others: fetching from the hub's servers (huggingface_hub), the bytes of one file (weight_file.py), writing (layer_store.py).
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint.hivemind_int8 import Int8File, dequantised
+from checkpoint.legacy_layers import is_layer_shard_folder, open_layer_shards
 from checkpoint.tensor_file import TensorSource
 from checkpoint.weight_file import FETCH_AGAIN, StoredWeight, TensorSpec, open_weight_file
 from modules.families import canonical_name, is_legacy_buffer, read_model_config
@@ -30,10 +34,11 @@ MAX_LISTED = 10
 HUB_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def resolve_model_folder(name: str) -> Path:
+def resolve_model_folder(name: str, *, weights: bool = True) -> Path:
     """The folder that ``--model-name`` or ``--tokenizer-name`` means: a local one, else that name on the hub (or in its cache).
 
-    Raises UserError if it is neither. What cannot be a hub name (more than one '/', a leading '.', '/' or '~') is never looked up there.
+    ``weights`` False: configuration and tokenizer are enough. Raises UserError if it is neither. What cannot be a hub name (more than one
+    '/', a leading '.', '/' or '~') is never looked up there.
     """
     if not name.strip():
         raise UserError("the name of a model or tokenizer is empty. Give a folder or a name on the hub.")
@@ -44,32 +49,68 @@ def resolve_model_folder(name: str) -> Path:
         raise UserError(f"a model is named by its folder, and {name} is a file. Give the folder that holds config.json.")
     if name[0] in "./~" or name.count("/") > 1 or name.endswith("/"):
         raise UserError(f"there is no model folder {name} (looked for {path.absolute()}). Check the path.")
-    return _hub_snapshot(name)
+    return _hub_snapshot(name, weights)
 
 
 class ModelFolder:
     """An open model folder. Make it with ``ModelFolder.open``; ranks on different hosts compare ``digest()``."""
 
-    def __init__(self, path: Path, config: dict[str, Any], weights: Mapping[str, StoredWeight]) -> None:
-        """weights: by their Hugging Face names, wherever they lie and whatever they are called there."""
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        weights: Mapping[str, StoredWeight],
+        *,
+        dropped: Mapping[str, StoredWeight] | None = None,
+        weights_path: Path | None = None,
+    ) -> None:
+        """path: where config.json and the tokenizer are; weights_path: where the weights are, if elsewhere, for messages.
+
+        weights: by their Hugging Face names, wherever they lie and whatever they are called there. dropped: the same of old buffers.
+        """
         self.path, self.config = path, config
-        self._weights = dict(weights)
+        self.weights_path = weights_path or path
+        self.weights, self.dropped = dict(weights), dict(dropped or {})
 
     @classmethod
-    def open(cls, path: Path) -> "ModelFolder":
-        """Read config.json and every header. Raises UserError for whatever is missing, unreadable or at odds with the index."""
+    def open(cls, path: Path, *, config_path: Path | None = None) -> "ModelFolder":
+        """Read config.json (of ``config_path``, for weights without one) and every header.
+
+        Raises UserError for whatever is missing, unreadable or at odds with the index.
+        """
         if not path.is_dir():
             raise UserError(f"there is no model folder {path}. Check the path.")
-        config = read_json_object(path / "config.json")
+        config = read_json_object((config_path or path) / "config.json")
         present = [name for name in WEIGHT_FILES if (path / name).is_file()]
-        if not present:
-            raise UserError(f"the model folder {path} holds no weights: none of {', '.join(WEIGHT_FILES)}. {FETCH_AGAIN}")
-        if present[0].endswith(".index.json"):
-            return cls(path, config, _open_shards(path / present[0], config))
-        file = open_weight_file(path / present[0])
-        return cls(
-            path, config, {canonical_name(name, config): StoredWeight(file, name) for name in file.specs if not is_legacy_buffer(name)}
-        )
+        if not any(name.startswith("model.") for name in present) and is_layer_shard_folder(path):
+            found: Iterable[tuple[str, StoredWeight]] = open_layer_shards(path, read_model_config(config))
+        elif not present:
+            looked_for = f"none of {', '.join(WEIGHT_FILES)}, and no pytorch_0.pt"
+            raise UserError(f"the model folder {path} holds no weights: {looked_for}. {FETCH_AGAIN}")
+        elif present[0].endswith(".index.json"):
+            found = _open_shards(path / present[0])
+        else:
+            found = _open_single(path / present[0])
+        return cls.of(config_path or path, config, found, weights_path=path)
+
+    @classmethod
+    def of(
+        cls, path: Path, config: dict[str, Any], found: Iterable[tuple[str, StoredWeight]], *, weights_path: Path | None = None
+    ) -> "ModelFolder":
+        """A folder of the tensors ``found``, as they are called where they lie (with the model's prefix): names made canonical, old buffers
+        set aside, 8-bit weights put together. Raises UserError if two tensors are the same weight."""
+        weights: dict[str, StoredWeight] = {}
+        dropped: dict[str, StoredWeight] = {}
+        for name, stored in found:
+            if is_legacy_buffer(name):
+                dropped[name] = stored
+                continue
+            canonical = canonical_name(name, config)
+            if canonical in weights:
+                both = f"{weights[canonical].name} in {weights[canonical].file.path} and {stored.name} in {stored.file.path}"
+                raise UserError(f"every weight must be there once, and {canonical} is there twice: {both}. Keep the right one of the two.")
+            weights[canonical] = stored
+        return cls(path, config, dequantised(weights, weights_path or path), dropped=dropped, weights_path=weights_path)
 
     @classmethod
     def open_config(cls, path: Path) -> "ModelFolder":
@@ -86,26 +127,31 @@ class ModelFolder:
 
     def names(self) -> list[str]:
         """Every weight, sorted."""
-        return sorted(self._weights)
+        return sorted(self.weights)
 
     def shape(self, name: str) -> torch.Size:
-        return self._weights[name].spec.shape
+        return self.weights[name].spec.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._weights[name].spec.dtype
+        return self.weights[name].spec.dtype
 
     def read(self, name: str) -> Tensor:
         """The weight as it lies in the mapped file (any alignment): copy what you keep, do not write into it."""
-        weight = self._weights[name]
+        weight = self.weights[name]
         return weight.file.read(weight.name)
 
     def tensor_source(self, name: str) -> TensorSource:
         """The weight as something to be written elsewhere, read when its turn comes."""
         return TensorSource(name=name, dtype=self.dtype(name), shape=self.shape(name), read=lambda: self.read(name))
 
+    @property
+    def is_int8(self) -> bool:
+        """True if weights lie there in 8 bits; they look like float32."""
+        return any(isinstance(weight.file, Int8File) for weight in self.weights.values())
+
     def num_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(weight.spec.num_bytes for weight in self._weights.values())
+        return sum(weight.spec.num_bytes for weight in self.weights.values())
 
     def digest(self) -> str:
         """sha256 over the configuration and every (name, shape, dtype): equal where hosts see the same kind of model. Reads no weights."""
@@ -144,7 +190,9 @@ def check_model_folder(folder: ModelFolder, config: ModelConfig) -> None:
         *listed("not a floating-point weight", wrong_dtypes),
     ]
     if problems:
-        rule = f"{folder.path} must hold exactly the weights of its config.json ({config.num_layers} layers of width {config.width})"
+        rule = (
+            f"{folder.weights_path} must hold exactly the weights of its config.json ({config.num_layers} layers of width {config.width})"
+        )
         raise UserError(f"{rule}, but: " + "; ".join(problems) + f". {FETCH_AGAIN}")
 
 
@@ -186,33 +234,40 @@ def listed(what: str, items: list[str]) -> list[str]:
     return [f"{what} ({len(items)}): {', '.join(items[:MAX_LISTED])}{more}"] if items else []
 
 
-def _open_shards(index: Path, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
-    """name -> where it lies, after the index and the shards have been compared both ways."""
+def _open_single(path: Path) -> list[tuple[str, StoredWeight]]:
+    file = open_weight_file(path)
+    parts = [name for name in file.specs if re.match(r"(model\.)?\d+\.", name)]
+    if parts:
+        what = f"{path} is no model but one stage of a training run of another trainer: it holds {parts[0]}"
+        raise UserError(f"{what}. Give the run's checkpoint folder, with its prank_0_checkpoint.pt, to the converter.")
+    return [(name, StoredWeight(file, name)) for name in file.specs]
+
+
+def _open_shards(index: Path) -> list[tuple[str, StoredWeight]]:
+    """(name, where it lies), after the index and the shards have been compared both ways. Buffers may lack on either side."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
         raise UserError(f"{index} must hold a weight_map from tensor names to files beside it. {FETCH_AGAIN}")
     weight_map = {name: file for name, file in weight_map.items() if not is_legacy_buffer(name)}
     shards = {file: open_weight_file(index.parent / file) for file in sorted(set(weight_map.values()))}
     lacking = [f"{name} in {file}" for name, file in sorted(weight_map.items()) if name not in shards[file].specs]
-    unlisted = [
-        f"{name} in {file}"
-        for file, shard in shards.items()
-        for name in sorted(shard.specs)
-        if weight_map.get(name) != file and not is_legacy_buffer(name)
-    ]
+    found = [(name, file) for file, shard in shards.items() for name in sorted(shard.specs)]
+    unlisted = [f"{name} in {file}" for name, file in found if weight_map.get(name) != file and not is_legacy_buffer(name)]
     problems = listed("the index names what the file lacks", lacking) + listed("extra, not in the index", unlisted)
     if problems:
         raise UserError(f"{index} and its files disagree: " + "; ".join(problems) + f". {FETCH_AGAIN}")
-    return {canonical_name(name, config): StoredWeight(shards[file], name) for name, file in weight_map.items()}
+    return [(name, StoredWeight(shards[file], name)) for name, file in found]
 
 
-def _hub_snapshot(name: str) -> Path:
+def _hub_snapshot(name: str, weights: bool) -> Path:
     """Download (or find in the cache) configuration, tokenizer and weights of a hub repository; ``.bin`` only without safetensors."""
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
+        if not weights:
+            return Path(snapshot_download(name, allow_patterns=HUB_TEXT_FILES, ignore_patterns=["*/*"]))
         folder = Path(snapshot_download(name, allow_patterns=[*HUB_TEXT_FILES, "*.safetensors"], ignore_patterns=["*/*"]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_TEXT_FILES, "*.bin"], ignore_patterns=["*/*"]))

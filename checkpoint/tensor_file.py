@@ -8,15 +8,20 @@ becomes durable only with ``fsync_directory``; which folder is complete is for t
 Legend: data starts 64-byte aligned in the file; the layout is that of https://github.com/huggingface/safetensors (format section).
 """
 
+import ctypes
 import errno
 import hashlib
 import json
 import math
 import os
+import queue
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +45,9 @@ DTYPE_NAMES = {
 }
 CHUNK_BYTES = 16 << 20
 ALIGNMENT_BYTES = 64
+MAX_UNHASHED_CHUNKS = 2  # written and not yet hashed: what the memory of a file costs beside its tensor
+_WORTH_A_THREAD_BYTES = 256 << 10  # 0.15 ms of sha256
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 # What a disk or its owner can do to a write, and the person at the keyboard can cure.
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -59,12 +67,17 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSource:
-    """A tensor to be written: its place in the header, and how to get its values when their turn comes."""
+    """A tensor to be written: its place in the header, and how to get its values when their turn comes.
+
+    ``dtype``: as which it is written; ``read`` may return another one, which is converted chunk by chunk. ``release`` hears of parts of
+    what ``read`` returned when they are not needed any more: for memory that is a mapped file's (weight_file.py).
+    """
 
     name: str
     dtype: torch.dtype
     shape: torch.Size
     read: Callable[[], Tensor]
+    release: Callable[[Tensor], object] = lambda part: None
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> "TensorSource":
@@ -82,7 +95,8 @@ def write_tensor_file(
     """Stream ``sources`` into the new safetensors file ``path``; at most one of them is in memory at a time.
 
     Wider dtypes come first, so that every tensor is aligned to its own dtype. ``progress`` hears of every chunk's bytes.
-    Raises FileExistsError if ``path`` exists: a model that is loaded somewhere may map it.
+    Raises FileExistsError if ``path`` exists (a model that is loaded somewhere may map it), UserError if a finite value is infinite in
+    the dtype that it is to be written as.
     """
     assert sys.byteorder == "little", "safetensors files are little-endian and tensors are written as they lie in memory"
     ordered = sorted(sources, key=lambda source: -source.dtype.itemsize)
@@ -144,34 +158,128 @@ def _header(sources: Sequence[TensorSource]) -> bytes:
 
 def _write_tensor(writer: "_HashingWriter", source: TensorSource, progress: Callable[[int], object]) -> None:
     """A function of its own, so that no local name keeps this tensor in memory while the next one is read."""
-    tensor = source.read().detach().to(device="cpu", dtype=source.dtype).contiguous()
+    tensor = source.read().detach()
     assert tensor.shape == source.shape, f"{source.name} was announced as {tuple(source.shape)} and is {tuple(tensor.shape)}"
-    data = tensor.reshape(-1).view(torch.uint8).numpy().data
-    for start in range(0, len(data), CHUNK_BYTES):
-        chunk = data[start : start + CHUNK_BYTES]
-        writer.write(chunk)
-        progress(len(chunk))
+    release = source.release if tensor.is_contiguous() else lambda part: None  # else the parts are those of a copy
+    length = CHUNK_BYTES // max(tensor.dtype.itemsize, source.dtype.itemsize)
+    for part in tensor.contiguous().reshape(-1).split(length):
+        if part.dtype == source.dtype:
+            writer.write(_bytes_of(part), done=partial(release, part))
+        else:
+            writer.write(_bytes_of(_converted(part, source)))
+            release(part)
+        progress(part.numel() * source.dtype.itemsize)
+    writer.wait_for_hash()
+
+
+def _bytes_of(part: Tensor) -> memoryview:
+    """The memory of a contiguous vector; of a copy of it where that is not the CPU's."""
+    data: memoryview = part.cpu().view(torch.uint8).numpy().data
+    return data
+
+
+def _converted(part: Tensor, source: TensorSource) -> Tensor:
+    """``part`` rounded to the source's dtype. Raises UserError if that makes a finite value infinite."""
+    result = part.to(source.dtype)
+    if source.dtype.is_floating_point and bool(result.isinf().any()):  # rare, so that the second look may cost more
+        too_large = part[result.isinf() & part.isfinite()]
+        if len(too_large):
+            short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[source.dtype]
+            seen = f"it holds {too_large[0].item():g}, and {short} ends at {torch.finfo(source.dtype).max:g}"
+            cure = "use bf16, which holds numbers as large as fp32 does" if short == "fp16" else "keep its dtype"
+            raise UserError(f"{source.name} does not fit {short}: {seen}; {cure}")
+    return result
 
 
 class _HashingWriter:
-    """A new file that knows its size and sha256 when it is finished."""
+    """A new file that knows its size and sha256 when it is finished, and that travels to the disk while it is being written."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._sha256, self._size = path, hashlib.sha256(), 0
+        self._path, self._sha256, self._size = path, _BackgroundSha256(), 0
+        self._not_done: deque[Callable[[], object]] = deque()  # of the chunks that are written and may not be hashed yet
 
     def __enter__(self) -> "_HashingWriter":
         self._file: IO[bytes] = open(self._path, "xb")  # "x": a mapped file is never changed under its readers
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._sha256.stop()
         self._file.close()
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: bytes | memoryview, done: Callable[[], object] = lambda: None) -> None:
+        """``data`` is used until ``done`` is called, from this thread, in this or a later call."""
         self._sha256.update(data)
+        self._not_done.append(done)
         self._file.write(data)
+        if len(data) >= _WORTH_A_THREAD_BYTES:
+            _begin_writeback(self._file.fileno(), self._size, len(data))
         self._size += len(data)
+        self._settle(MAX_UNHASHED_CHUNKS)
+
+    def wait_for_hash(self) -> None:
+        """Afterwards nothing that was written is used any more."""
+        self._settle(0)
 
     def finish(self, relative_to: Path) -> FileRecord:
         self._file.flush()
         os.fsync(self._file.fileno())
+        self.wait_for_hash()
         return FileRecord(name=self._path.relative_to(relative_to).as_posix(), size=self._size, sha256=self._sha256.hexdigest())
+
+    def _settle(self, num_left: int) -> None:
+        while len(self._not_done) > num_left:
+            self._sha256.wait_for_one()
+            self._not_done.popleft()()
+
+
+class _BackgroundSha256:
+    """sha256 on a thread of its own, which begins with the first chunk that is worth it: hashlib lets go of the interpreter meanwhile."""
+
+    def __init__(self) -> None:
+        self._sha256, self._thread = hashlib.sha256(), threading.Thread(target=self._run, name="sha256", daemon=True)
+        self._waiting: queue.SimpleQueue[bytes | memoryview | None] = queue.SimpleQueue()
+        self._num_hashed = threading.Semaphore(0)
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take ``data`` in after all before it; it must not change before ``wait_for_one`` has been called as often as this."""
+        if self._thread.ident is None:
+            if len(data) < _WORTH_A_THREAD_BYTES:
+                self._sha256.update(data)
+                self._num_hashed.release()
+                return
+            self._thread.start()
+        self._waiting.put(data)
+
+    def wait_for_one(self) -> None:
+        self._num_hashed.acquire()
+
+    def hexdigest(self) -> str:
+        """Call it after the last wait."""
+        return self._sha256.hexdigest()
+
+    def stop(self) -> None:
+        if self._thread.ident is not None:
+            self._waiting.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (data := self._waiting.get()) is not None:
+            self._sha256.update(data)
+            data = None  # the waiter counts on nobody holding it
+            self._num_hashed.release()
+
+
+def _begin_writeback(descriptor: int, start: int, length: int) -> None:
+    """Let the disk begin with what was just written, or fsync finds all of it left over. Where that cannot be said, fsync does."""
+    if _SYNC_FILE_RANGE is not None:
+        _SYNC_FILE_RANGE(descriptor, start, length, _SYNC_FILE_RANGE_WRITE)
+
+
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    function: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+_SYNC_FILE_RANGE = _sync_file_range()  # None outside of Linux

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE
-from checkpoint.model_folder import ModelFolder, listed, read_json_object
-from checkpoint.weight_file import open_weight_file
-from modules.stage import Stage
+from checkpoint.manifest import TRAINER_FILE
+from checkpoint.model_folder import listed, read_json_object
+from checkpoint.weight_file import WeightFile
 from user_error import UserError
 
-TRAINER_FORMAT = 1
+TRAINER_FORMAT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,37 +45,30 @@ def pack_train_state(
     return tensors
 
 
-def load_train_state(step_folder: Path, stage: Stage) -> dict[str, dict[str, Tensor]]:
-    """name -> {"exp_avg", "exp_avg_sq", "step"[, "master"]} for every parameter of ``stage``, on the CPU in storage of its own.
+def read_layer_state(
+    file: WeightFile, shapes: Mapping[str, torch.Size], file_dtypes: Mapping[str, torch.dtype]
+) -> dict[str, dict[str, Tensor]]:
+    """name -> {"exp_avg", "exp_avg_sq", "step"[, "master"]} for every parameter of a layer, on the CPU in storage of its own.
 
-    "master" is there where the step's weight file is not fp32. Raises UserError listing what is missing, extra or
-    of a wrong shape or dtype.
+    shapes: of the layer's parameters. file_dtypes: of the same in the layer's weight file; "master" is there where that is not fp32.
+    Raises UserError listing what is missing, extra or of a wrong shape or dtype.
     """
-    folder = ModelFolder.open(step_folder)
-    loaded: dict[str, dict[str, Tensor]] = {}
-    problems: list[str] = []
-    for key, parameters in stage.parameters_by_layer():
-        file = open_weight_file(step_folder / TRAIN_STATE / f"{key}.safetensors")
-        expected: dict[str, torch.Size] = {}
-        for name, parameter in parameters:
-            kinds = [*MOMENTS, "master"] if folder.dtype(name) != torch.float32 else list(MOMENTS)
-            expected |= {f"{kind}/{name}": parameter.shape for kind in kinds} | {f"step/{name}": torch.Size()}
-        wrong = [n for n, spec in sorted(file.specs.items()) if n in expected and (spec.shape, spec.dtype) != (expected[n], torch.float32)]
-        problems += [
-            f"{file.path.name}: {clause}"
-            for clause in (
-                *listed("missing", sorted(set(expected) - set(file.specs))),
-                *listed("extra", sorted(set(file.specs) - set(expected))),
-                *listed("wrong shape or dtype", wrong),
-            )
-        ]
-        if not problems:
-            for stored in expected:
-                kind, _, name = stored.partition("/")
-                loaded.setdefault(name, {})[kind] = _own(file.read(stored))
+    expected: dict[str, torch.Size] = {}
+    for name, shape in shapes.items():
+        kinds = [*MOMENTS, "master"] if file_dtypes[name] != torch.float32 else list(MOMENTS)
+        expected |= {f"{kind}/{name}": shape for kind in kinds} | {f"step/{name}": torch.Size()}
+    wrong = [n for n, spec in sorted(file.specs.items()) if n in expected and (spec.shape, spec.dtype) != (expected[n], torch.float32)]
+    problems = [
+        *listed("missing", sorted(set(expected) - set(file.specs))),
+        *listed("extra", sorted(set(file.specs) - set(expected))),
+        *listed("wrong shape or dtype", wrong),
+    ]
     if problems:
-        seen = f"the training state in {step_folder / TRAIN_STATE} does not fit this model"
-        raise UserError(f"{seen}: {'; '.join(problems)}. Resume from an older step.")
+        raise UserError(f"the training state in {file.path} does not fit this model: {'; '.join(problems)}. Resume from an older step.")
+    loaded: dict[str, dict[str, Tensor]] = {}
+    for stored in expected:
+        kind, _, name = stored.partition("/")
+        loaded.setdefault(name, {})[kind] = _own(file.read(stored))
     return loaded
 
 

@@ -1,28 +1,34 @@
 """Reading one file of weights, safetensors or torch's zip, without loading it: names, shapes and dtypes from its header, values by mmap.
 
 Promises: opening reads headers only, and proves that a safetensors file is as long as its header says. ``read`` returns a tensor that
-lies in the mapped file: the caller copies what it keeps, and no more than the tensors in use count as memory. No code from a file is ever
-run (torch files go through torch's restricted unpickler). A file that cannot be read is a UserError that names it. Which files make a
-model is left to model_folder.py.
+lies in the mapped file: the caller copies what it keeps, and no more than the tensors in use count as memory; who walks through a large
+one releases what lies behind him, and needs only the memory of his step. Nothing is ever written into a mapping, so released pages come
+back as they were. No code from a file is ever run (torch files go through torch's restricted unpickler). A file that cannot be read is a
+UserError that names it. Which files make a model is left to model_folder.py.
 """
 
 import ctypes
 import json
+import logging
 import math
 import mmap
-from collections.abc import Mapping
+import weakref
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from checkpoint.tensor_file import DTYPE_NAMES
+from checkpoint.tensor_file import CHUNK_BYTES, DTYPE_NAMES, TensorSource
 from user_error import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
 FETCH_AGAIN = "Fetch or write it again."
+log = logging.getLogger("checkpoint")
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -48,7 +54,7 @@ class WeightFile(Protocol):
     def specs(self) -> Mapping[str, TensorSpec]: ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped: copy what you keep, do not write into it."""
+        """The tensor, contiguous, mapped where that is possible: copy what you keep, do not write into it."""
 
 
 class StoredWeight(NamedTuple):
@@ -60,6 +66,13 @@ class StoredWeight(NamedTuple):
     @property
     def spec(self) -> TensorSpec:
         return self.file.specs[self.name]
+
+    def source(self, name: str, dtype: torch.dtype | None = None) -> TensorSource:
+        """The weight as something to be written under ``name`` as ``dtype`` (default: its own), at the memory of a few chunks if mapped."""
+        spec, read = self.spec, partial(self.file.read, self.name)
+        if isinstance(self.file, (SafetensorsFile, TorchFile)):
+            return TensorSource(name=name, dtype=dtype or spec.dtype, shape=spec.shape, read=read, release=self.file.release)
+        return TensorSource(name=name, dtype=dtype or spec.dtype, shape=spec.shape, read=read)
 
 
 def open_weight_file(path: Path) -> WeightFile:
@@ -106,6 +119,10 @@ class SafetensorsFile:
             view = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)  # COPY: torch warns of read-only memory
         return torch.frombuffer(view, dtype=spec.dtype, count=count, offset=start - page).reshape(spec.shape)
 
+    def release(self, part: Tensor) -> None:
+        """Give the memory under a part of what ``read`` returned back to the system; whoever looks at it again reads the file again."""
+        _drop_pages(part.data_ptr(), part.nbytes)
+
 
 class TorchFile:
     """A ``.bin`` that torch.save wrote: a dict of tensors, mapped where the file is a zip (torch >= 1.6), else held in memory."""
@@ -113,25 +130,83 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with open(path, "rb") as file:
-            self._mapped = file.read(4) == b"PK\x03\x04"
+            is_zip = file.read(4) == b"PK\x03\x04"
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            is_mapped = is_zip and _is_little_endian(path)
+            if not is_mapped:
+                why = "is in the format of torch before 1.6" if not is_zip else "was written by a big-endian machine"
+                cure = "save it anew (torch.load, torch.save) where there is memory for it"
+                log.warning("%s %s and cannot be mapped: it takes %.1f GB of memory; or %s", path, why, path.stat().st_size / 1e9, cure)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
         except Exception as error:  # the bytes of a foreign file decide what is raised: zip, pickle, key, attribute, end of file ...
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             what = f"{path} ({path.stat().st_size} bytes) cannot be read as a file of tensors"
             raise UserError(f"{what}, it is truncated or holds something else: {reason}. {FETCH_AGAIN}") from error
-        if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        if not isinstance(content, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in content.items()):
             raise UserError(f"{path} must hold a dict of named tensors, as save_pretrained writes; it holds something else. {FETCH_AGAIN}")
         self._tensors = {name: tensor.detach() for name, tensor in content.items()}
         self.specs = {name: TensorSpec(dtype=tensor.dtype, shape=tensor.shape) for name, tensor in self._tensors.items()}
-        self._last: Tensor | None = None
+        self._mapping = _extent(tensor for tensor in self._tensors.values() if tensor.nbytes) if is_mapped else range(0)
 
     def read(self, name: str) -> Tensor:
-        """As WeightFile.read; the memory of the tensor read before goes back to the system (it would be read from the file again)."""
-        if self._mapped and self._last is not None:
-            _drop_pages(self._last)
-        self._last = self._tensors[name]
-        return self._last
+        """As WeightFile.read. A view with gaps (old files keep many tensors in one storage) is put together in memory of its own.
+
+        The pages of a mapped tensor go back to the system when nobody refers to its memory any more: torch maps the file as a whole, for
+        as long as any of its tensors exists.
+        """
+        tensor = self._tensors[name]
+        if not tensor.is_contiguous():
+            result = torch.empty(tensor.shape, dtype=tensor.dtype)
+            in_order_of_the_file = sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))
+            self._copy_by_blocks(result.permute(in_order_of_the_file), tensor.permute(in_order_of_the_file))
+            return result
+        if tensor.data_ptr() not in self._mapping or tensor.nbytes == 0:
+            return tensor
+        memory = tensor.reshape(-1).view(torch.uint8).numpy()
+        weakref.finalize(memory, _drop_pages, tensor.data_ptr(), tensor.nbytes).atexit = False
+        return torch.from_numpy(memory).view(tensor.dtype).reshape(tensor.shape)
+
+    def release(self, part: Tensor) -> None:
+        """As SafetensorsFile.release; does nothing to memory that is not mapped."""
+        if part.data_ptr() in self._mapping:
+            _drop_pages(part.data_ptr(), part.nbytes)
+
+    def _copy_by_blocks(self, target: Tensor, source: Tensor) -> None:
+        """Copy the mapped ``source``, whose strides descend, such that no more than CHUNK_BYTES of the file are in memory at a time."""
+        span = _span(source)
+        if span <= CHUNK_BYTES or source.ndim == 0:
+            target.copy_(source)
+            if source.data_ptr() in self._mapping:
+                _drop_pages(source.data_ptr(), span)
+            return
+        rows = CHUNK_BYTES // (source.stride(0) * source.itemsize) if source.stride(0) else 0
+        if 1 < rows < len(source):
+            parts = zip(target.split(rows), source.split(rows), strict=True)
+        else:
+            parts = zip(target.unbind(), source.unbind(), strict=True)
+        for target_part, source_part in parts:
+            self._copy_by_blocks(target_part, source_part)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+
+
+def _is_little_endian(path: Path) -> bool:
+    """torch turns the bytes of the other kind around in memory, in pages that must then not be given back."""
+    with zipfile.ZipFile(path) as archive:
+        return all(archive.read(name) == b"little" for name in archive.namelist() if name.rpartition("/")[2] == "byteorder")
+
+
+def _extent(tensors: Iterable[Tensor]) -> range:
+    """The addresses from the first to the last byte: of tensors of one file, the part of its mapping that holds them."""
+    spans = [(tensor.data_ptr(), tensor.data_ptr() + _span(tensor)) for tensor in tensors]
+    return range(min(begin for begin, _ in spans), max(end for _, end in spans)) if spans else range(0)
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the tensor's first to its last."""
+    return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
@@ -168,12 +243,12 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpe
     return begin, end, spec
 
 
-def _drop_pages(tensor: Tensor) -> None:
-    """Give the whole pages under a mapped, unmodified tensor back: the mapping of a torch file lives as long as any of its tensors."""
+def _drop_pages(address: int, num_bytes: int) -> None:
+    """Give the whole pages in this part of a mapped, unmodified file back to the system."""
     advice = getattr(mmap, "MADV_DONTNEED", None)
     if advice is None:
         return  # not on this system: costs memory, nothing else
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))

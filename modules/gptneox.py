@@ -72,7 +72,7 @@ class GPTNeoXConfig(ModelConfig):
         flags = {name: config.get(name, True) for name in ("use_parallel_residual", "attention_bias")}
         check_rules(
             [
-                (activation in GELU_OF_ACTIVATION, f"hidden_act {activation!r} (only {', '.join(GELU_OF_ACTIVATION)})"),
+                (str(activation) in GELU_OF_ACTIVATION, f"hidden_act {activation!r} (only {', '.join(GELU_OF_ACTIVATION)})"),
                 (not config.get("tie_word_embeddings", False), "tie_word_embeddings true (the head must have its own weight)"),
                 (width % num_heads == 0, f"hidden_size {width} that num_attention_heads {num_heads} does not divide"),
                 (
@@ -115,19 +115,23 @@ def both_rotary_forms(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rotary(config: Mapping[str, Any]) -> tuple[float, float]:
     """(share of a head's channels that turn, base of the frequencies), whichever form of keys they stand in. Raises UserError."""
-    new_form = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or new_form
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else scaling
-    check_rules([(isinstance(new_form, Mapping) and kind == "default", f"rotary positions of type {kind!r} (only default)")])
-    found: dict[str, float] = {}
+    stated = dict(config)
+    for place in ("rope_parameters", "rope_scaling"):  # transformers 5 takes either, and what stands in it
+        inner = config.get(place) or {}
+        kind = inner.get("rope_type", inner.get("type", "default")) if isinstance(inner, Mapping) else None
+        check_rules([(kind == "default", f"{place} {inner!r} (rotary positions of type default only)")])
+        stated |= {f"{place}.{key}": value for key, value in inner.items()}
+    found: list[float] = []
     for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
-        values = {key: where[key] for where, key in ((config, old), (config, new), (new_form, new)) if where.get(key) is not None}
+        keys = [key for key in (old, new, f"rope_parameters.{new}", f"rope_scaling.{new}") if stated.get(key) is not None] or [old]
+        values = read_numbers(stated, "GPT-NeoX", counts=(), positives=keys, defaults=_DEFAULT_ROTARY)
         if len(set(values.values())) > 1:
             seen = " and ".join(f"{key} {value}" for key, value in values.items())
             raise UserError(f"config.json says two things of the rotary positions: {seen}. Keep the one the model was trained with")
-        stated = {old: next(iter(values.values()))} if values else {}
-        found |= read_numbers(stated, "GPT-NeoX", counts=(), positives=(old,), defaults=_DEFAULT_ROTARY)
-    return found["rotary_pct"], found["rotary_emb_base"]
+        found.append(values[keys[0]])
+    rotary_pct, rotary_base = found
+    check_rules([(rotary_pct <= 1, f"rotary_pct {rotary_pct} (a share of a head's channels, at most 1)")])
+    return rotary_pct, rotary_base
 
 
 class GPTNeoXAttention(nn.Module):

@@ -1,8 +1,8 @@
 """One reduction per optimizer step, from which every rank decides alike: skip, clip, log, stop.
 
-The vector has an entry per layer for its squared gradient norm (filled only by the rank of replica 0 that owns the layer) and one
-per replica for its loss (filled by its last stage). Adding zeros is exact, and every rank then sums the entries in the same
-order, so the clip factor has the same bits for any cut of the model."""
+The vector has an entry per layer for its squared gradient norm (filled only by the rank of replica 0 that owns the layer), one per
+replica for its loss (filled by its last stage) and one for the ranks that were asked to stop. Adding zeros is exact, and every rank then
+sums the entries in the same order, so the clip factor has the same bits for any cut of the model."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,12 +21,13 @@ CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 @dataclass(frozen=True, kw_only=True)
 class StepDecision:
-    """Equal to the last bit on all ranks. loss: mean over the target tokens of the global batch, before the update. sums: what the
-    ranks gave to be added up."""
+    """Equal to the last bit on all ranks. loss: mean over the target tokens of the global batch, before the update. stop: some rank was
+    asked to end the run. sums: what the ranks gave to be added up."""
 
     loss: float
     grad_norm: float
     clip_factor: float
+    stop: bool
     sums: tuple[float, ...]
 
     @property
@@ -49,12 +50,14 @@ def decide_step(
     loss: float,
     clip_grad_norm: float,
     device: torch.device,
+    wants_stop: bool = False,
     sums: Sequence[float] = (),
 ) -> StepDecision:
     """Collective over all ranks. ``layers``: all layer keys of the model in order; ``squares``: of this rank's layers, after the
     sum over replicas; ``loss``: this replica's share on its last stage, else 0. clip_grad_norm 0 does not clip.
     ``sums``: further numbers to add over all ranks, for reports; as many on every rank."""
-    num_votes = len(layers) + place.dp_size
+    stop_at = len(layers) + place.dp_size
+    num_votes = stop_at + 1
     votes = torch.zeros(num_votes + len(sums), dtype=torch.float64)
     votes[num_votes:] = torch.tensor(sums, dtype=torch.float64)
     if place.dp == 0:
@@ -62,6 +65,7 @@ def decide_step(
             votes[index] = squares.get(key, 0.0)
     if place.is_last_stage:
         votes[len(layers) + place.dp] = loss
+    votes[stop_at] = float(wants_stop)
     on_wire = votes if dist.get_backend() == "gloo" else votes.to(device)
     with naming_the_peer("agreeing on the step with the other ranks"):
         dist.all_reduce(on_wire)
@@ -70,5 +74,10 @@ def decide_step(
     clip_factor = 1.0
     if clip_grad_norm > 0:
         clip_factor = min(1.0, clip_grad_norm / (grad_norm + CLIP_EPS))
-    loss_of_all = sum(entries[len(layers) : num_votes])
-    return StepDecision(loss=loss_of_all, grad_norm=grad_norm, clip_factor=clip_factor, sums=tuple(entries[num_votes:]))
+    return StepDecision(
+        loss=sum(entries[len(layers) : stop_at]),
+        grad_norm=grad_norm,
+        clip_factor=clip_factor,
+        stop=entries[stop_at] > 0,
+        sums=tuple(entries[num_votes:]),
+    )

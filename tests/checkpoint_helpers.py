@@ -4,7 +4,7 @@ import builtins
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -95,26 +95,51 @@ def adamw_state(stage: Stage, num_steps: int) -> dict[str, dict[str, Tensor]]:
     return {name: optimizer.state.get(parameter, {}) for name, parameter in stage.named_parameters()}
 
 
-def write_parts(
-    writer: StepWriter, model: Path, stage: Stage, state: dict[str, dict[str, Tensor]]
-) -> tuple[list[FileRecord], dict[str, str]]:
-    """What the rank of one stage does between begin and commit."""
+def write_parts(writer: StepWriter, model: Path, stage: Stage, state: dict[str, dict[str, Tensor]]) -> list[FileRecord]:
+    """What the rank of one stage does between begin and prepare."""
     dtypes = {name: ModelFolder.open(model).dtype(name) for name, _ in stage.named_parameters()}
-    records, weight_map = [], {}
+    records = []
     for key, parameters in stage.parameters_by_layer():
         weights = {name: parameter.detach() for name, parameter in parameters}
         records.append(writer.write_layer(key, weights, dtypes))
-        weight_map |= dict.fromkeys(weights, records[-1].name)
         records.append(writer.write_train_state(key, pack_train_state(weights, state, dtypes)))
-    return records, weight_map
+    return records
 
 
-def save_step(root: Path, step: int, model: Path, stage: Stage, state: dict[str, dict[str, Tensor]] | None = None) -> Path:
+def finish_step(
+    writer: StepWriter,
+    records: Sequence[FileRecord],
+    copy_from: Sequence[Path],
+    *,
+    elsewhere: Sequence[FileRecord] = (),
+    position: int | None = None,
+    **trainer: object,
+) -> Path:
+    """What the keeper of a folder does after all writers: prepare and commit."""
+    writer.prepare(
+        records,
+        elsewhere,
+        position=writer.step if position is None else position,
+        model=ModelFolder.open(copy_from[0]),
+        copy_from=copy_from,
+        trainer={"step": writer.step, **trainer},
+        visible_within_s=0.2,
+    )
+    return writer.commit()
+
+
+def save_step(
+    root: Path,
+    step: int,
+    model: Path,
+    stage: Stage,
+    state: dict[str, dict[str, Tensor]] | None = None,
+    position: int | None = None,
+) -> Path:
     """A whole save, in one process."""
     writer = StepWriter(root, step)
     writer.begin()
-    records, weight_map = write_parts(writer, model, stage, state or {})
-    return writer.commit(records, weight_map, [model], {"step": step})
+    return finish_step(writer, write_parts(writer, model, stage, state or {}), [model], position=position)
 
 
 def killed_at(k: int, action: Callable[[], object]) -> bool:

@@ -1,4 +1,7 @@
-"""Fixtures: a tiny random GPT-J with a tokenizer, and data for it, made once per session with transformers and tokenizers. No downloads."""
+"""Fixtures: a tiny random GPT-J and GPT-NeoX with a tokenizer, and data for them, made once per session with transformers and tokenizers.
+
+No downloads.
+"""
 
 import json
 import os
@@ -8,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,13 +44,28 @@ def make_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float3
     shape = {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "n_positions": 64, "vocab_size": 320, **config}
     torch.manual_seed(seed)
     model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**shape, bos_token_id=0, eos_token_id=0))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # biases and norms that are not 0 and 1, so that a swap shows
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            elif "wte" not in name:
-                parameter.mul_(3)
+    roughen(model, embeddings="wte")
     model.to(dtype).save_pretrained(folder)
+
+
+def make_neox_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> None:
+    """No size, no share of turned channels and no activation is the default of anybody, so that a default shows."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 320}
+    kind = {"max_position_embeddings": 64, "rotary_pct": 0.5, "rotary_emb_base": 5000, "hidden_act": "gelu_fast", "layer_norm_eps": 1e-3}
+    torch.manual_seed(seed)
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**{**shape, **kind, **config}, bos_token_id=0, eos_token_id=0))
+    roughen(model, embeddings="embed_in")
+    model.to(dtype).save_pretrained(folder)
+
+
+@torch.no_grad()
+def roughen(model: torch.nn.Module, *, embeddings: str) -> None:
+    """Give ``model`` biases and norms that are not 0 and 1, so that a swap shows."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        elif embeddings not in name:
+            parameter.mul_(3)
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +73,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face GPT-J of 4 layers, width 32, 320 rows, 64 positions, with its tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny-gptj"
     make_model(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def neox_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face GPT-NeoX of 4 layers, width 32, 320 rows, 64 positions, with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-gptneox"
+    make_neox_model(folder)
     make_tokenizer(folder)
     return folder
 

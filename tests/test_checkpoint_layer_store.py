@@ -9,6 +9,7 @@ import torch
 from checkpoint_helpers import (
     TOKENIZER,
     TOKENS,
+    finish_step,
     hf_model,
     killed_at,
     loaded_stage,
@@ -21,9 +22,9 @@ from checkpoint_helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from checkpoint.layer_store import StepWriter, remove_partials
+from checkpoint.layer_store import StepWriter, remove_old_steps, remove_partials
 from checkpoint.layered_folder import write_model_folder
-from checkpoint.manifest import find_newest_step, verify_step
+from checkpoint.manifest import find_newest_step, step_folders, verify_step
 from checkpoint.model_folder import ModelFolder
 from modules.gptj import GPTJConfig
 from user_error import UserError
@@ -63,8 +64,7 @@ def test_stages_write_the_same_folder_as_one_process_at_any_cut(tmp_path, root):
     writer = StepWriter(root, 2)
     writer.begin()
     parts = [write_parts(StepWriter(root, 2), folder, loaded_stage(folder, first, last), {}) for first, last in ((2, 3), (0, 1), (1, 2))]
-    records = [record for part, _ in parts for record in part]
-    cut = writer.commit(records, {k: v for _, weight_map in parts for k, v in weight_map.items()}, [folder], {"step": 1})
+    cut = finish_step(writer, [record for part in parts for record in part], [folder], step=1)
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.name != "manifest.json")
     assert [str(file) for file in files if file.parent.name == "train_state"] == [
         "train_state/embeddings.safetensors",
@@ -85,7 +85,7 @@ def test_the_tokenizer_comes_from_its_own_folder_and_is_never_mixed_from_two(tmp
     (tokenizer / "config.json").write_text("{}")
     writer = StepWriter(root, 1)
     writer.begin()
-    step = writer.commit(*write_parts(writer, model, loaded_stage(model), {}), [model, tokenizer], {})
+    step = finish_step(writer, write_parts(writer, model, loaded_stage(model), {}), [model, tokenizer])
     assert (step / "vocab.json").read_text() == "{}"
     assert not any((step / name).exists() for name in TOKENIZER)
     assert json.loads((step / "config.json").read_text())["n_layer"] == 1
@@ -150,7 +150,7 @@ def test_kill_9_at_every_point_of_a_conversion_leaves_nothing_or_the_whole_folde
         (lambda step: os.unlink(step / "manifest.json"), "has no manifest.json"),
         (lambda step: os.truncate(step / "manifest.json", 50), "manifest.json is not valid JSON"),
         (lambda step: write_json(step / "manifest.json", {"format": 1, "step": 20, "files": {"a": {}}}), "manifest.json is damaged"),
-        (lambda step: write_json(step / "manifest.json", {"format": 2}), "has the format 2; this version reads format 1"),
+        (lambda step: write_json(step / "manifest.json", {"format": 3}), "has the format 3; this version reads format 2"),
         (lambda step: write_json(step / "manifest.json", {"format": 1, "step": 20, "files": {}}), "does not list train_state/trainer.json"),
         (lambda step: write_json(step / "manifest.json", {"format": 1, "step": None, "files": {}}), "calls it a model folder"),
     ],
@@ -191,41 +191,32 @@ def test_hashes_find_a_flipped_bit_that_sizes_do_not(model, root):
     assert verify_step(step, hashes=True, only=["lm_head.safetensors"]) == []
 
 
-def test_a_complete_step_is_never_replaced(model, root):
+def test_what_has_the_name_of_a_new_step_is_moved_aside_and_never_destroyed(model, root):
     stage = loaded_stage(model)
-    step = save_step(root, 1, model, stage)
-    before = {path: (path.stat().st_ino, path.read_bytes()) for path in step.rglob("*") if path.is_file()}
-    assert StepWriter(root, 1).is_complete()
+    first = save_step(root, 1, model, stage)
+    before = {path.name: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     with torch.no_grad():
-        stage.lm_head.bias.add_(1)
-    assert save_step(root, 1, model, stage) == step
-    assert {path: (path.stat().st_ino, path.read_bytes()) for path in step.rglob("*") if path.is_file()} == before
-    assert os.listdir(root) == ["1"]
-
-
-def test_a_damaged_step_is_moved_aside_by_the_next_save_of_it_and_not_destroyed(model, root):
-    stage = loaded_stage(model)
+        stage.head.bias.add_(1)
+    assert save_step(root, 1, model, stage) == find_newest_step(root)[0]
+    assert {path.name: path.read_bytes() for path in (root / "1.set-aside").rglob("*") if path.is_file()} == before
     for name in ("1.damaged", "1.damaged.1"):
-        os.truncate(save_step(root, 1, model, stage) / "config.json", 3)
+        os.truncate(root / "1" / "config.json", 3)
         assert save_step(root, 1, model, stage) == find_newest_step(root)[0]
         assert (root / name / "config.json").stat().st_size == 3
 
 
-def test_a_folder_that_is_not_shared_is_found_out_before_the_step_exists(model, root, tmp_path):
+def test_files_of_another_folder_are_found_out_before_the_step_exists(model, root, tmp_path):
     writer, elsewhere = StepWriter(root, 1), StepWriter(tmp_path / "other host", 1)
     writer.begin()
     elsewhere.begin()
-    records, weight_map = write_parts(elsewhere, model, loaded_stage(model), {})
-    with pytest.raises(
-        UserError, match=r"rank 0 does not see embeddings.safetensors, .*--checkpoint-path must be a folder that all hosts share"
-    ):
-        writer.commit(records, weight_map, [model], {}, visible_within_s=0.2)
+    with pytest.raises(UserError, match=r"embeddings.safetensors, .* cannot be seen by the host that completes the step"):
+        finish_step(writer, write_parts(elsewhere, model, loaded_stage(model), {}), [model])
     assert find_newest_step(root) == (None, [])
 
 
 def test_a_rank_that_does_not_see_the_partial_folder_says_so(model, root, monkeypatch):
     monkeypatch.setattr("checkpoint.layer_store.VISIBLE_WITHIN_S", 0.2)
-    with pytest.raises(UserError, match=r"this host does not see .*\.1\.partial.*must be a folder that all hosts share"):
+    with pytest.raises(UserError, match=r"this host no longer sees .*\.1\.partial"):
         write_parts(StepWriter(root, 1), model, loaded_stage(model), {})
 
 
@@ -233,10 +224,42 @@ def test_a_save_that_lacks_a_layer_never_becomes_a_step(tmp_path, root):
     folder = save_hf(hf_model(2), tmp_path / "model")
     writer = StepWriter(root, 1)
     writer.begin()
-    records, weight_map = write_parts(writer, folder, loaded_stage(folder, 0, 1), {})
-    with pytest.raises(UserError, match=r"missing \(14\)"):
-        writer.commit(records, weight_map, [folder], {})
+    with pytest.raises(AssertionError, match=r"nobody has written .*layer_01.safetensors.*lm_head.safetensors"):
+        finish_step(writer, write_parts(writer, folder, loaded_stage(folder, 0, 1), {}), [folder])
     assert find_newest_step(root) == (None, [])
+
+
+def test_hosts_without_a_shared_disk_hold_parts_that_a_plain_copy_makes_whole(tmp_path):
+    folder = save_hf(hf_model(2), tmp_path / "model")
+    roots = [tmp_path / "a", tmp_path / "b"]
+    writers = [StepWriter(root, 7) for root in roots]
+    parts = []
+    for writer, (first, last) in zip(writers, ((0, 1), (1, 2)), strict=True):
+        writer.begin()
+        parts.append(write_parts(writer, folder, loaded_stage(folder, first, last), {}))
+    for writer, here, there in zip(writers, parts, reversed(parts), strict=True):
+        finish_step(writer, here, [folder], elsewhere=there)
+    for root in roots:
+        newest, warnings = find_newest_step(root)
+        assert newest is None
+        assert "is missing" in warnings[0]
+        assert any("checkpoint.gather" in problem for problem in verify_step(root / "7"))
+    shutil.copytree(roots[1] / "7", roots[0] / "7", dirs_exist_ok=True)
+    assert find_newest_step(roots[0]) == (roots[0] / "7", [])
+    assert verify_step(roots[0] / "7", hashes=True) == []
+    assert same_bytes(tensors_of(roots[0] / "7"), tensors_of(folder))
+
+
+def test_the_newest_step_is_the_one_trained_on_most_sequences(model, root):
+    stage = loaded_stage(model)
+    for step, position in ((40, 400), (22, 440), (50, 300)):
+        save_step(root, step, model, stage, position=position)
+    assert [folder.name for folder in step_folders(root)] == ["22", "40", "50"]
+    assert find_newest_step(root) == (root / "22", [])
+    os.unlink(root / "40" / "manifest.json")
+    assert [folder.name for folder in step_folders(root)] == ["40", "22", "50"]
+    assert remove_old_steps(root, keep=2) == ["50"]
+    assert sorted(os.listdir(root)) == ["22", "40"]
 
 
 def test_partials_of_killed_saves_are_removed_and_nothing_else(model, root):

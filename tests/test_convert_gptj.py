@@ -22,11 +22,12 @@ from checkpoint_helpers import (
     with_bin_files,
     write_json,
 )
+from harness import REPOSITORY
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import convert_from_hf_gptj
-import convert_to_hf_gptj
+import converters.from_hf
+import converters.to_hf
 from checkpoint.job_lock import JobLock
 from checkpoint.manifest import verify_step
 from checkpoint.model_folder import ModelFolder
@@ -43,11 +44,11 @@ def tree(folder):
 
 
 def from_hf(model, save_dir):
-    return convert_from_hf_gptj.main(["--model-name", str(model), "--save-dir", str(save_dir)])
+    return converters.from_hf.main("gptj", ["--model-name", str(model), "--save-dir", str(save_dir)])
 
 
 def to_hf(source, target, *more):
-    return convert_to_hf_gptj.main(["--ckpt-path", str(source), "--save-path", str(target), *more])
+    return converters.to_hf.main("gptj", ["--ckpt-path", str(source), "--save-path", str(target), *more])
 
 
 @pytest.fixture
@@ -150,8 +151,8 @@ def test_a_model_without_tokenizer_is_converted_with_a_note(model, tmp_path, cap
 def test_the_target_is_named_after_the_model(name, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "b").mkdir(parents=True)
-    assert convert_from_hf_gptj.target_folder(name, Path("out")) == Path("out") / (expected or tmp_path.name)
-    assert convert_from_hf_gptj.target_folder("a/b/", Path("out")) == Path("out/b")
+    assert converters.from_hf.target_folder(name, Path("out")) == Path("out") / (expected or tmp_path.name)
+    assert converters.from_hf.target_folder("a/b/", Path("out")) == Path("out/b")
 
 
 def drop_a_tensor(model):
@@ -183,7 +184,7 @@ BAD_MODELS = {
         "model.safetensors is truncated: expected .* bytes, seen 5000",
     ),
     "missing shard": (lose_a_shard, "a file of weights is missing: .*model-00002-of-0000"),
-    "other model type": (change_the_config(model_type="gpt_neox"), "model_type gptj; this one says 'gpt_neox'"),
+    "other model type": (change_the_config(model_type="gpt_neox"), "model_type gptj; .* says 'gpt_neox'. Use convert_.*_hf_gptneox.py"),
     "no config": (lambda model: os.unlink(model / "config.json"), "has no config.json"),
     "no folder": (shutil.rmtree, "there is no model folder"),
     "no weights": (lambda model: os.unlink(model / "model.safetensors"), "holds no weights"),
@@ -202,7 +203,7 @@ def test_a_bad_model_is_one_message_and_nothing_is_written(bad, convert, model, 
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
     if convert is to_hf:  # which looks for a checkpoint first
-        message = message.replace("has no config.json", "holds neither config.json").replace("no model folder", "no folder")
+        message = message.replace("no model folder", "no folder")
     assert re.search(message, err), err
     assert tree(tmp_path) == before
 
@@ -277,9 +278,9 @@ def test_one_stage_number_without_the_other_is_refused(model, tmp_path, capsys):
 def test_shard_sizes_are_read_with_their_unit(text, size):
     if size is None:
         with pytest.raises(UserError, match="--max-shard-size must be"):
-            convert_to_hf_gptj.parse_size(text)
+            converters.to_hf.parse_size(text)
     else:
-        assert convert_to_hf_gptj.parse_size(text) == size
+        assert converters.to_hf.parse_size(text) == size
 
 
 @pytest.mark.parametrize("spoil", ["manifest gone", "file gone", "bit flipped", "partial"])
@@ -309,7 +310,7 @@ def test_a_folder_that_holds_nothing_of_ours_is_refused(tmp_path, capsys):
 
 
 def test_the_scripts_run_on_their_own_and_show_no_traceback(tmp_path):
-    here = Path(convert_to_hf_gptj.__file__).parent
+    here = REPOSITORY
     run = subprocess.run(
         [sys.executable, here / "convert_to_hf_gptj.py", "--ckpt-path", tmp_path / "missing", "--save-path", tmp_path / "hf"],
         capture_output=True,
@@ -321,7 +322,7 @@ def test_the_scripts_run_on_their_own_and_show_no_traceback(tmp_path):
     assert run.stderr.startswith(f"there is no folder {tmp_path / 'missing'}. Give a step's folder")
     assert len(run.stderr.splitlines()) == 1
     with pytest.raises(SystemExit) as misuse:
-        convert_from_hf_gptj.main([])
+        converters.from_hf.main("gptj", [])
     assert misuse.value.code == 2
 
 

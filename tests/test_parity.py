@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 import torch.distributed as dist
 from harness import example_tokens, run_ranks
 from safetensors.torch import load_file, save_file
-from transformers import GPTJForCausalLM
+from transformers import GPTJForCausalLM, GPTNeoXForCausalLM, PreTrainedModel
 
 from checkpoint.model_folder import ModelFolder, load_stage
 from comms.groups import join_process_group, make_groups
 from comms.place import place_of
 from comms.spans import Spans
-from modules.gptj import GPTJConfig
+from modules.families import read_model_config
 from modules.lm_ops import IGNORED_TARGET, Segments, chunked_cross_entropy, next_token_targets
 from modules.stage import Stage, empty_stage
 from optim.build import AdamSettings, AdamW
@@ -29,13 +30,13 @@ SEQ_LENGTH, NUM_SEQUENCES, CLIP = 24, 16, 0.05
 
 def load(folder: Path, first: int = 0, last: int | None = None) -> Stage:
     opened = ModelFolder.open(folder)
-    config = GPTJConfig.from_hf(opened.config)
+    config = read_model_config(opened.config)
     stage = empty_stage(config, first, config.num_layers if last is None else last)
     load_stage(stage, opened)
     return stage
 
 
-def hf_loss_sum(model: GPTJForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+def hf_loss_sum(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Summed loss with every document run through the model on its own."""
     total = torch.zeros(())
     for ids, positions in tokens.long():
@@ -148,14 +149,25 @@ VARIANTS: dict[str, tuple[PipelineMode, int, bool]] = {
 }
 
 
-def write_grid_gradients(folder: Path, out: Path, stages: int, replicas: int, tokens: torch.Tensor, num_targets: int) -> None:
-    """In stages x replicas ranks: the gradient of every variant for every number of micro-batches and accumulation steps."""
+ALL_SETTINGS = list(itertools.product((1, 2, 4), (1, 2), VARIANTS))  # (micro-batches, accumulation steps, variant)
+
+
+def write_grid_gradients(
+    folder: Path,
+    out: Path,
+    stages: int,
+    replicas: int,
+    tokens: torch.Tensor,
+    num_targets: int,
+    settings: Sequence[tuple[int, int, str]] = ALL_SETTINGS,
+) -> None:
+    """In stages x replicas ranks: the gradient with each of ``settings``."""
 
     def rank_main(rank: int, store: dist.Store) -> None:
         place = place_of(rank, dp_size=replicas, pp_size=stages)
         join_process_group(place, store, "gloo", COLLECTIVE_TIMEOUT)
         groups = make_groups(place, "gloo", COLLECTIVE_TIMEOUT)
-        for micro_batches, accumulation, variant in itertools.product((1, 2, 4), (1, 2), VARIANTS):
+        for micro_batches, accumulation, variant in settings:
             mode, extra_warmup, recomputes = VARIANTS[variant]
             stage = load(folder, *even_cut(4, stages)[place.pp])
             stage.recomputes = recomputes
@@ -220,14 +232,38 @@ def test_every_grid_gives_the_single_process_gradient(grids: tuple[Path, torch.T
     assert len(ALL_GRIDS) == 36
     for grid, variant in itertools.product(ALL_GRIDS, VARIANTS):
         for merged in gradients_of(out, *grid, variant):
-            loss, grad_norm, clip_factor = merged.pop("decision").tolist()
-            assert loss == pytest.approx(hf_loss, rel=1e-6), (grid, variant)
-            assert grad_norm == pytest.approx(norm, rel=1e-5), (grid, variant)
-            assert clip_factor == pytest.approx(CLIP / norm, rel=1e-5), (grid, variant)
-            assert set(merged) == set(expected), (grid, variant)
-            for name, gradient in merged.items():
-                difference = (gradient - expected[name]).norm() / expected[name].norm()
-                assert difference <= 1e-6, f"stages, replicas, micro-batches, accumulation {grid}, {variant}, {name}: {difference}"
+            compare_with_single_process(merged, expected, norm, hf_loss, what=f"grid {grid}, {variant}")
+
+
+def compare_with_single_process(
+    merged: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], norm: float, hf_loss: float, *, what: str
+) -> None:
+    """merged: the clipped gradient of a grid and its decision. what: the grid (stages, replicas, micro-batches, accumulation steps)."""
+    loss, grad_norm, clip_factor = merged.pop("decision").tolist()
+    assert loss == pytest.approx(hf_loss, rel=1e-6), what
+    assert grad_norm == pytest.approx(norm, rel=1e-5), what
+    assert clip_factor == pytest.approx(CLIP / norm, rel=1e-5), what
+    assert set(merged) == set(expected), what
+    for name, gradient in merged.items():
+        difference = (gradient - expected[name]).norm() / expected[name].norm()
+        assert difference <= 1e-6, f"{what}, {name}: {difference}"
+
+
+def test_a_handful_of_grids_gives_gptneoxs_single_process_gradient_in_the_same_bits(neox_folder: Path, tmp_path: Path) -> None:
+    """The engine knows nothing of families; what could still be GPT-J's are names, shapes and the blocks under recomputation."""
+    tokens, num_targets = example_tokens(NUM_SEQUENCES, SEQ_LENGTH, 320)
+    expected, norm = single_process_gradient(neox_folder, tokens, num_targets)
+    hf_loss = hf_loss_sum(GPTNeoXForCausalLM.from_pretrained(neox_folder), tokens).item() / num_targets
+    assert norm > CLIP, "clipping must be active in this test"
+    settings = [(2, 1, "1f1b"), (4, 2, "zb_ahead_recompute")]
+    for replicas, stages in itertools.product((1, 2), (1, 2, 4)):
+        write_grid_gradients(neox_folder, tmp_path, stages, replicas, tokens, num_targets, settings)
+        for micro_batches, accumulation, variant in settings:
+            setting = (replicas, micro_batches, accumulation, variant)
+            references = gradients_of(tmp_path, 1, *setting)
+            for merged, reference in zip(gradients_of(tmp_path, stages, *setting), references, strict=True):
+                assert [name for name in merged if not torch.equal(merged[name], reference[name])] == [], (stages, *setting)
+                compare_with_single_process(merged, expected, norm, hf_loss, what=f"{stages} stages, {setting}")
 
 
 def test_the_gradient_has_the_same_bits_at_every_number_of_stages_and_in_every_schedule(grids: tuple[Path, torch.Tensor, int]) -> None:

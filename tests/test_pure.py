@@ -10,8 +10,9 @@ from comms.place import place_of
 from comms.rendezvous import door_of_torchrun, parse_dist_url
 from optim.schedule import LearningRate
 from pipeline_parallel.partition import cut_by_num_layers, even_cut
-from training.config import Config, parse_config, shared_flags
+from training.config import Config, shared_flags
 from training.flags import describe_flags
+from training.parsing import parse_config
 from user_error import UserError
 
 NEEDED = ["--model-name", "m", "--task-name", "t.jsonl", "--checkpoint-path", "c", "--total-steps", "12"]

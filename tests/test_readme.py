@@ -80,7 +80,7 @@ def test_every_flag_setting_and_file_that_the_readme_names_exists() -> None:
     text = (REPOSITORY / "README.md").read_text()
     flags = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", text)) - {"--help", "--nproc-per-node"}
     help_texts = (REPOSITORY / "docs" / "flags.md").read_text() + "--config"
-    help_texts += "".join((REPOSITORY / name).read_text() for name in ("convert_from_hf_gptj.py", "convert_to_hf_gptj.py"))
+    help_texts += "".join(path.read_text() for path in (REPOSITORY / "converters").glob("*.py"))
     assert not [flag for flag in flags if flag not in help_texts]
     for link in re.findall(r"\]\(([\w/.-]+)\)", text):
         assert (REPOSITORY / link).exists(), link

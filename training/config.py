@@ -1,23 +1,16 @@
 """The trainer's flags as one frozen dataclass. The only file of the house that knows of a command line.
 
-Lower rooms are handed values, never this object. ``parse_config`` gathers every problem that flags alone can have and raises them
-once; what needs the disk, the network or the model is checked where it is opened, still before any weight is loaded. ``python -m
-training.config`` prints docs/flags.md."""
+Lower rooms are handed values, never this object. How a command line becomes one: parsing.py. ``python -m training.config`` prints
+docs/flags.md."""
 
 import dataclasses
-import math
-import os
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from comms.codecs import WireDtype
 from comms.rendezvous import DEFAULT_DIST_URL, Door, door_of_torchrun, parse_dist_url
-from pipeline_parallel.partition import parse_stage_layers
 from pipeline_parallel.schedule import PipelineMode
-from training.flags import describe_flags, flag, parse_flags, parse_known_flags
-from user_error import UserError
+from training.flags import describe_flags, flag
 
 _MODEL, _MEETING, _GRID, _DATA, _STEPS, _OPTIMIZER, _SAVING, _REPORT, _MACHINE = (
     "model",
@@ -118,7 +111,10 @@ class Config:
         "error", "a malformed record stops the job, naming file:line, or is skipped and counted", group=_DATA
     )
     allow_data_change: bool = flag(
-        False, "resume although task list, seed, sequence length, tokenizer or batch changed: the data starts over", group=_DATA
+        False, "resume although task list, seed, sequence length or tokenizer changed: the data starts over", group=_DATA
+    )
+    allow_batch_change: bool = flag(
+        False, "resume with another global batch, from the same place in the data; the optimizer step goes on counting", group=_DATA
     )
 
     batch_size: int = flag(8, "sequences per replica and accumulation step", group=_STEPS)
@@ -147,9 +143,31 @@ class Config:
     seed: int = flag(42, "seed of fresh weights and of the data order", group=_OPTIMIZER)
 
     checkpoint_path: str | None = flag(
-        None, "folder of this job's checkpoints and log, shared by all hosts; resumed from its newest step; required", group=_SAVING
+        None, "folder of this job's checkpoints and log, one that all hosts share or one on each; see --resume; required", group=_SAVING
     )
     checkpoint_steps: int = flag(0, "accumulation steps between checkpoints; 0: only the final one", group=_SAVING)
+    async_checkpoint: bool = flag(
+        True, "true: training goes on while a copy in host memory is written; false, or without room for it: training waits", group=_SAVING
+    )
+    checkpoint_optimizer: bool = flag(
+        True,
+        "false: save weights without optimizer states, a third of the bytes or less; a resume starts fresh moments",
+        group=_SAVING,
+    )
+    keep_checkpoints: int = flag(0, "how many of the newest checkpoints stay; 0: all", group=_SAVING)
+    resume: str = flag(
+        "auto",
+        "auto: from the newest complete checkpoint in --checkpoint-path; none: from the start; a step's number; or the folder of a "
+        "checkpoint elsewhere. Newer steps than that are kept under another name. Restarts by torchrun are always auto",
+        group=_SAVING,
+    )
+    verify_checkpoint: bool = flag(False, "compare the sha256 of every file before resuming, not only its size", group=_SAVING)
+    verify_resume: bool = flag(
+        False,
+        "store loss and gradient norm of the last batch with each checkpoint, and on resume compute them again and compare bit for bit; "
+        "costs a step without update per checkpoint",
+        group=_SAVING,
+    )
 
     logging_steps: int = flag(10, "accumulation steps between printed lines", group=_REPORT)
     train_log_backend: Literal["print", "wandb"] = flag(
@@ -197,166 +215,15 @@ class Config:
 PER_RANK_FLAGS = frozenset(
     {
         *("rank", "world_size", "dist_url", "net_interface", "rendezvous_timeout", "cuda_id", "num_threads", "device"),
-        *("model_name", "tokenizer_name", "task_name", "checkpoint_path", "trace_path", "memory_limit"),
+        *("model_name", "tokenizer_name", "task_name", "checkpoint_path", "trace_path", "memory_limit", "resume"),
         *("train_log_backend", "project_name", "logging_steps"),
     }
-)
-_AT_LEAST_ONE = (
-    *("pipeline_group_size", "data_group_size", "num_layers", "world_size"),
-    *("batch_size", "micro_batch_size", "gradient_accumulate_step", "total_steps"),
-    *("logging_steps", "num_threads", "embedding_dim", "profiling_steps"),
 )
 
 
 def shared_flags(config: Config) -> dict[str, Any]:
     """The flags that must be equal on all ranks, by flag name; the hub compares them before anything else happens."""
     return {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items() if name not in PER_RANK_FLAGS}
-
-
-def parse_config(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
-    """Flags (and --config FILE.yaml) to a Config whose grid and steps fit. Raises one UserError with every problem found."""
-    config = _fill_in(
-        parse_flags(Config, argv, "Fine-tune a causal language model over pipeline stages and replicas; start one process per device."),
-        environment,
-    )
-    problems = [*_missing(config), *_not_offered(config), *_out_of_range(config), *_not_fitting(config)]
-    if problems:
-        listing = "".join(f"\n- {problem}" for problem in problems)
-        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{listing}")
-    return config
-
-
-def parse_meeting_point(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config | None:
-    """What of a command line says where the ranks meet, however wrong the rest of it is; None if that part is wrong too.
-
-    For a rank that cannot start and would like to tell those who wait for it.
-    """
-    names = ("config", "rank", "world_size", "dist_url", "pipeline_group_size", "data_group_size", "rendezvous_timeout")
-    try:
-        config = _fill_in(Config(**parse_known_flags(Config, argv, names)), environment)
-        _ = config.door
-    except UserError:
-        return None
-    return config
-
-
-def _fill_in(config: Config, environment: Mapping[str, str]) -> Config:
-    found: dict[str, Any] = {}
-    for name, variable in (("rank", "RANK"), ("world_size", "WORLD_SIZE"), ("cuda_id", "LOCAL_RANK")):
-        if getattr(config, name) is None and variable in environment:
-            if not environment[variable].isdigit():
-                raise UserError(
-                    f"{variable} of the environment must be a whole number; it is {environment[variable]!r}. Set it right or pass "
-                    f"--{name.replace('_', '-')}"
-                )
-            found[name] = int(environment[variable])
-    stages, replicas = config.pipeline_group_size, config.data_group_size
-    world_size = found.get("world_size", config.world_size)
-    if world_size is None:
-        world_size = found["world_size"] = stages * (replicas or 1)
-    if replicas is None and stages >= 1 and world_size % stages == 0:
-        found["data_group_size"] = world_size // stages
-    found["wire_dtype_grad"] = config.wire_dtype_grad or config.wire_dtype
-    return dataclasses.replace(config, **{"rank": config.rank or 0, "cuda_id": config.cuda_id or 0, **found})
-
-
-def _missing(config: Config) -> list[str]:
-    wanted = {"--model-name": config.model_name, "--checkpoint-path": config.checkpoint_path, "--total-steps": config.total_steps}
-    if config.rank == 0:
-        wanted["--task-name"] = config.task_name  # rank 0 alone reads data
-    return [f"{name} is required; pass it or put it into --config" for name, value in wanted.items() if value is None or value == ""]
-
-
-def _not_offered(config: Config) -> list[str]:
-    rules = [
-        (config.fp16, "--fp16 is not there yet: this version computes in fp32; leave it out"),
-        (config.optimizer == "8bit-adam", "--optimizer 8bit-adam is not there yet; use --optimizer adam"),
-        (
-            config.dp_backend == "nccl" and config.device == "cpu",
-            "--dp-backend nccl carries CUDA tensors only, and --device is cpu; use --dp-backend gloo",
-        ),
-    ]
-    return [text for holds, text in rules if holds]
-
-
-def _out_of_range(config: Config) -> list[str]:
-    problems = []
-    for name in _AT_LEAST_ONE:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            problems.append(f"--{name.replace('_', '-')} must be at least 1; it is {value}")
-    for name in ("warmup_steps", "checkpoint_steps", "cuda_id", "lr", "min_lr", "weight_decay", "clip_grad_norm", "seed"):
-        value = getattr(config, name)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            problems.append(f"--{name.replace('_', '-')} must be 0 or more; it is {value}")
-    if not re.fullmatch(r"auto|[0-9]{1,4}", config.extra_warmup_forwards):
-        problems.append(f"--extra-warmup-forwards must be auto or a whole number of 0 .. 9999; it is {config.extra_warmup_forwards!r}")
-    if config.memory_limit is not None and not 0 < config.memory_limit <= 2**20:
-        problems.append(f"--memory-limit must be above 0 GiB and at most {2**20}; it is {config.memory_limit}")
-    if config.seq_length < 2:
-        problems.append(f"--seq-length must be at least 2, or there is nothing to predict; it is {config.seq_length}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            problems.append(f"--{name.replace('_', '-')} must be 0 or more and below 1; it is {getattr(config, name)}")
-    if not (config.adam_eps > 0 and math.isfinite(config.adam_eps)):
-        problems.append(f"--adam-eps must be above 0; it is {config.adam_eps}")
-    if not (config.rendezvous_timeout > 0 and math.isfinite(config.rendezvous_timeout)):
-        problems.append(f"--rendezvous-timeout must be above 0 seconds; it is {config.rendezvous_timeout}")
-    if config.warmup_proportion is not None and not 0 <= config.warmup_proportion <= 1:
-        problems.append(f"--warmup-proportion must be 0 .. 1; it is {config.warmup_proportion}")
-    return problems
-
-
-def _not_fitting(config: Config) -> list[str]:
-    problems = []
-    stages, replicas, world_size = config.pipeline_group_size, config.data_group_size, config.world_size
-    if replicas is None:
-        problems.append(
-            f"the world size must be stages x replicas; --world-size {world_size} is no multiple of --pipeline-group-size {stages}"
-        )
-    elif stages * replicas != world_size:
-        problems.append(
-            f"--world-size must be --pipeline-group-size x --data-group-size; {world_size} is not {stages} x {replicas} = "
-            f"{stages * replicas}. "
-            f"Start {stages * replicas} processes with --world-size {stages * replicas}, or change the grid"
-        )
-    if config.micro_batch_size >= 1 and config.batch_size % config.micro_batch_size:
-        problems.append(f"--micro-batch-size must divide --batch-size; {config.micro_batch_size} does not divide {config.batch_size}")
-    if config.total_steps is not None and config.gradient_accumulate_step >= 1 and config.total_steps % config.gradient_accumulate_step:
-        fitting = -(-config.total_steps // config.gradient_accumulate_step) * config.gradient_accumulate_step
-        problems.append(
-            "--total-steps counts accumulation steps and must be a multiple of --gradient-accumulate-step; "
-            f"{config.total_steps} is none of "
-            f"{config.gradient_accumulate_step}. Use {fitting}"
-        )
-    if config.pp_mode == "gpipe" and config.extra_warmup_forwards != "auto":
-        problems.append("--extra-warmup-forwards is for --pp-mode 1f1b and zb; gpipe runs all forwards ahead anyway. Leave it out")
-    if config.trace_path is not None and config.profiling != "tidy_profiling":
-        problems.append("--trace-path is where --profiling tidy_profiling writes; nothing else does. Leave it out, or ask for profiling")
-    if config.memory_limit is not None and config.partition != "measured":
-        problems.append("--memory-limit is what --partition measured keeps to; nothing else reads it. Leave it out, or measure the cut")
-    cuts = {"--num-layers": config.num_layers, "--stage-layers": config.stage_layers}
-    cuts["--partition measured"] = None if config.partition == "even" else config.partition
-    given = [name for name, value in cuts.items() if value is not None]
-    if len(given) > 1:
-        problems.append(f"the cut into stages can be asked for in one way only; {' and '.join(given)} are given. Leave one out")
-    if config.stage_layers is not None:
-        try:
-            parse_stage_layers(config.stage_layers)
-        except UserError as error:
-            problems.append(str(error))
-    if config.warmup_steps is not None and config.warmup_proportion is not None:
-        problems.append("--warmup-steps and --warmup-proportion say the same thing; pass one of them")
-    if config.warmup_steps is not None and config.total_steps is not None and config.warmup_steps > config.total_steps:
-        problems.append(f"--warmup-steps must not exceed --total-steps; {config.warmup_steps} is more than {config.total_steps}")
-    if config.min_lr > config.lr >= 0:
-        problems.append(f"--min-lr must not exceed --lr; {config.min_lr} is more than {config.lr}")
-    if config.dist_url is not None:
-        try:
-            parse_dist_url(config.dist_url)
-        except UserError as error:
-            problems.append(str(error))
-    return problems
 
 
 if __name__ == "__main__":

@@ -88,8 +88,6 @@ def data_identity(config: Config, encoder: TextEncoder) -> dict[str, Any]:
         "--seq-length": config.seq_length,
         "--on-bad-record": config.on_bad_record,
         "tokenizer": encoder.fingerprint[:16],
-        "--gradient-accumulate-step": config.gradient_accumulate_step,
-        "global batch (--batch-size x replicas x --gradient-accumulate-step)": sequences_per_step(config),
     }
 
 

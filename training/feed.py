@@ -9,6 +9,7 @@ Sequence i of an optimizer step belongs to accumulation step i // (R*N), replica
 Legend: A accumulation steps, R replicas, N sequences of a replica's batch, T tokens.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +29,13 @@ HEADER_INTS = 1  # number of targets of the global step; 0: the data ends here
 
 @dataclass(frozen=True, kw_only=True)
 class StepFeed:
-    """One replica's share of an optimizer step. num_targets counts the whole global batch; state and data_wait_s are rank 0's."""
+    """One replica's share of an optimizer step. num_targets counts the whole global batch; the rest is rank 0's: the state of the data
+    behind this step, the sha256 of its ids and positions in their order over the whole global batch, seconds waited."""
 
     tokens: Tensor  # (A, N, 2, T) int32 on the CPU; [:, :, 0] ids, [:, :, 1] positions
     num_targets: int
     state: dict[str, Any] | None
+    sha256: str | None
     data_wait_s: float
 
 
@@ -99,7 +102,8 @@ class TokenFeed:
             message = message.to(self._wire_device)
             with naming_the_peer(f"sending tokens to rank {rank}"):
                 sends.append((dist.isend(message, dst=rank, group=self._group), message))
-        own = StepFeed(tokens=by_replica[:, 0].contiguous(), num_targets=num_targets, state=state, data_wait_s=wait)
+        sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+        own = StepFeed(tokens=by_replica[:, 0].contiguous(), num_targets=num_targets, state=state, sha256=sha256, data_wait_s=wait)
 
         def wait_until_sent() -> StepFeed:
             with naming_the_peer("sending tokens to the other ranks"):
@@ -121,6 +125,7 @@ class TokenFeed:
             with naming_the_peer("waiting for tokens from rank 0"):
                 work.wait()
             here = message.cpu()
-            return StepFeed(tokens=here[HEADER_INTS:].view(a, n, 2, t), num_targets=int(here[0]), state=None, data_wait_s=0.0)
+            tokens = here[HEADER_INTS:].view(a, n, 2, t)
+            return StepFeed(tokens=tokens, num_targets=int(here[0]), state=None, sha256=None, data_wait_s=0.0)
 
         return wait_until_here

@@ -113,10 +113,10 @@ class GlobalGradient:
             return self._num_micro_batches
         return max(LEAST_DEPTH, 1 + warmup_forwards(first_stage, self._place.pp_size, self._schedule.extra_warmup))
 
-    def compute(self, tokens: Tensor, num_targets: int) -> StepDecision:
+    def compute(self, tokens: Tensor, num_targets: int, *, wants_stop: bool = False) -> StepDecision:
         """Collective over all ranks. tokens: this replica's share, (A, N, 2, T) int32, for A accumulation steps of N sequences
-        ([:, :, 0] ids, [:, :, 1] positions); num_targets: of the whole global batch. Gradients are added to what ``.grad`` holds
-        (see forget()). Raises PeerLost."""
+        ([:, :, 0] ids, [:, :, 1] positions); num_targets: of the whole global batch; wants_stop: this rank votes to end the run.
+        Gradients are added to what ``.grad`` holds (see forget()). Raises PeerLost."""
         actions = order(
             self._schedule.mode,
             stage=self._place.pp,
@@ -138,6 +138,7 @@ class GlobalGradient:
                 loss=loss.item(),
                 clip_grad_norm=self._clip_grad_norm,
                 device=self._device,
+                wants_stop=wants_stop,
                 sums=self._wire_sums(),
             )
         if decision.clip_factor < 1.0 and not decision.skip:

@@ -21,17 +21,21 @@ from modules.stage import draw_parameter, empty_stage
 from optim.build import AdamSettings, AdamW
 from optim.decide import StepDecision
 from optim.schedule import LearningRate
+from training.collecting import load_stage_state
 from training.config import Config
-from training.data import start_reader
+from training.data import sequences_per_step, start_reader
 from training.feed import StepFeed, TokenFeed
 from training.gradient import GlobalGradient, wire_report
 from training.job import Job
 from training.opening import describe_run
 from training.plan import PipelinePlan, agree_on_plan
+from training.replicas import check_replicas_alike
 from training.report import Report
-from training.saving import check_replicas_alike, load_weights_and_state, save_step
+from training.saving import SaveOptions, Saver
 from training.start import ReadingDesk, Start, agree
+from training.stopping import StopRequest
 from training.tracing import TidyProfiler, check_trace_path
+from training.verifying import check_probe, make_probe
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -68,6 +72,7 @@ class Trainer:
         self._job, self._config, self._desk, self._plan = job, config, desk, plan
         self._root = Path(config.checkpoint_path)
         self._step, self._optimizer_step, self._num_skipped = start.step, start.optimizer_step, start.num_skipped
+        self._position = start.position
         self._skipped_in_a_row = 0
         self._accumulate = config.gradient_accumulate_step
         self._num_updates = config.total_steps // self._accumulate
@@ -90,20 +95,32 @@ class Trainer:
             clip_grad_norm=config.clip_grad_norm,
         )
         self._learning_rate = _learning_rate(config, self._num_updates)
+        self._saver = Saver(
+            job,
+            start.folders,
+            self._root,
+            self._stage,
+            self._optimizer,
+            SaveOptions(is_async=config.async_checkpoint, with_optimizer=config.checkpoint_optimizer, keep=config.keep_checkpoints),
+        )
+        self._save_stall_s = 0.0  # of the saves since the last row
         self._reader = start_reader(config, desk.mixture) if desk is not None else None
         self._feed = TokenFeed(
             place=job.place,
             group=job.groups.tokens,
             reader=self._reader,
             shape=(self._accumulate, config.batch_size, config.seq_length),
-            num_steps=self._num_updates - self._optimizer_step,
+            num_steps=self._num_updates - self._optimizer_step + (start.probe is not None),
             device=job.device,
         )
+        self._probe = start.probe
         self._profiler: TidyProfiler | None = None
         if config.profiling == "tidy_profiling":
             self._profiler = self._make_profiler()
-        self._data_position: dict[str, Any] | None = None  # rank 0: behind the last step that was consumed
-        self._saved_step = start.step if start.resume_folder is not None else None
+        self._data_position = desk.position if desk is not None else None  # on rank 0: behind the last step that was consumed
+        self._data_before: dict[str, Any] | None = None  # and before it
+        self._last_feed: StepFeed | None = None
+        self._saved_step = start.step if start.point is not None else None
         self._report = Report(
             place=job.place, folder=self._root, first_step=start.step, total_steps=config.total_steps, logging_steps=config.logging_steps
         )
@@ -115,21 +132,29 @@ class Trainer:
         if self._config.train_log_backend == "wandb":
             self._report.start_wandb(self._config.project_name, self._root, dataclasses.asdict(self._config))
         self._feed.start()
-        while self._optimizer_step < self._num_updates:
+        if self._probe is not None:
+            self._verify_resume(self._probe)
+        with StopRequest() as stop_request:
+            while self._optimizer_step < self._num_updates:
+                if self._profiler is not None:
+                    self._profiler.before_step()
+                started = time.perf_counter()
+                self._job.spans.enter_step(self._step + self._accumulate)
+                with self._job.spans.span("waiting for data"):
+                    feed = self._feed.next()
+                if feed is None:
+                    self._stop_for_data()
+                elif self._one_step(feed, started, stop_request).stop:
+                    break
             if self._profiler is not None:
-                self._profiler.before_step()
-            started = time.perf_counter()
-            self._job.spans.enter_step(self._step + self._accumulate)
-            with self._job.spans.span("waiting for data"):
-                feed = self._feed.next()
-            if feed is None:
-                self._stop_for_data()
-            else:
-                self._one_step(feed, started)
-        if self._profiler is not None:
-            self._profiler.finish()
-        if self._saved_step != self._step:
-            self._save()
+                self._profiler.finish()
+            if self._saved_step != self._step:
+                self._save()
+            with self._job.spans.span("waiting for the checkpoint to be written"):
+                self._saver.finish()
+            if self._optimizer_step < self._num_updates and self._job.place.rank == 0:
+                asked = stop_request.name or "a signal on another rank"
+                log.info("stopped by %s at step %d, which is saved; the same command goes on from there", asked, self._step)
 
     def close(self) -> None:
         """Stop the reader and the links, end the progress line."""
@@ -158,8 +183,8 @@ class Trainer:
         )
 
     def _load(self, start: Start) -> None:
-        if start.resume_folder is not None:
-            load_weights_and_state(self._stage, self._optimizer, self._root / start.resume_folder)
+        if start.point is not None:
+            load_stage_state(self._job, start.point, self._stage, self._optimizer)
         elif self._config.load_pretrained_model:
             load_stage(self._stage, self._job.model)
         else:
@@ -167,15 +192,17 @@ class Trainer:
                 for name, parameter in self._stage.named_parameters():
                     draw_parameter(parameter, name, self._job.model_config, self._config.seed)
 
-    def _one_step(self, feed: StepFeed, started: float) -> None:
+    def _one_step(self, feed: StepFeed, started: float, stop_request: StopRequest) -> StepDecision:
         before = self._step
         learning_rate = self._learning_rate.at(self._optimizer_step + 1)
-        decision = self._update(feed, learning_rate)
+        decision = self._update(feed, learning_rate, wants_stop=stop_request.name is not None)
         self._optimizer_step += 1
         self._step += self._accumulate
+        self._position += sequences_per_step(self._config)
         self._num_skipped += decision.skip
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if decision.skip else 0
-        self._data_position = feed.state
+        self._data_before, self._data_position = self._data_position, feed.state
+        self._last_feed = feed
         num_tokens = feed.tokens[:, :, 0].numel() * self._job.place.dp_size
         wire = wire_report(decision)
         self._report.row(
@@ -189,6 +216,7 @@ class Trainer:
                 "target_tokens": feed.num_targets,
                 "tokens_per_s": num_tokens / (time.perf_counter() - started),
                 "data_wait_s": feed.data_wait_s,
+                "save_stall_s": self._save_stall_s,
                 "wire_bytes": wire.num_bytes,
                 "wire_error": wire.activation_error,
                 "wire_error_grad": wire.gradient_error,
@@ -196,20 +224,23 @@ class Trainer:
                 "skipped": decision.skip,
             }
         )
+        self._save_stall_s = 0.0
         every = self._config.checkpoint_steps
         if every and self._step // every > before // every:
             self._save()
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self._saver.wait()
             self._job.wait_for_all()  # rank 0 may still be committing a checkpoint
             raise UserError(
                 f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, up to step "
                 f"{self._step}; none of them changed the "
                 "weights. Lower --lr, lengthen the warm-up, or look at the data, and start again from the newest checkpoint"
             )
+        return decision
 
-    def _update(self, feed: StepFeed, learning_rate: float) -> StepDecision:
+    def _update(self, feed: StepFeed, learning_rate: float, *, wants_stop: bool) -> StepDecision:
         """Gradients of the whole global batch, then the one decision, then the update (or none)."""
-        decision = self._gradient.compute(feed.tokens, feed.num_targets)
+        decision = self._gradient.compute(feed.tokens, feed.num_targets, wants_stop=wants_stop)
         with self._job.spans.span("update"):
             if not decision.skip:
                 self._optimizer.step(learning_rate)
@@ -217,8 +248,9 @@ class Trainer:
         return decision
 
     def _save(self) -> None:
+        probe = self._compute_probe(self._last_feed) if self._config.verify_resume else None
         with self._job.spans.span("saving a checkpoint"):
-            trainer, copy_from = {}, []
+            trainer, tokenizer_from = None, []
             if self._desk is not None:
                 trainer = {
                     "optimizer_step": self._optimizer_step,
@@ -226,20 +258,36 @@ class Trainer:
                     "loss_scale": 1.0,
                     "data": self._data_position,
                     "data_identity": self._desk.identity,
+                    "sequences_per_step": sequences_per_step(self._config),
                     "learning_rate": dataclasses.asdict(self._learning_rate),
                     "flags": dataclasses.asdict(self._config),
+                    "probe": probe,
                 }
-                copy_from = [self._job.model.path, self._desk.encoder.folder]
-            save_step(
-                self._job,
-                root=self._root,
-                step=self._step,
-                stage=self._stage,
-                optimizer=self._optimizer,
-                trainer=trainer,
-                copy_from=copy_from,
-            )
+                tokenizer_from = [self._desk.encoder.folder]
+            stall_s = self._saver.save(self._step, self._position, trainer, tokenizer_from)
+        self._save_stall_s += stall_s
         self._saved_step = self._step
+
+    def _compute_probe(self, feed: StepFeed | None) -> dict[str, Any] | None:
+        """For --verify-resume: loss and gradient norm of the batch with the weights as they are; nothing is updated."""
+        if feed is None:
+            return None
+        with self._job.spans.span("computing what a resume must find again"):
+            decision = self._gradient.compute(feed.tokens, feed.num_targets)
+            self._gradient.forget()
+        return make_probe(self._job, self._config, decision, feed.sha256, self._data_before)
+
+    def _verify_resume(self, probe: dict[str, Any]) -> None:
+        """For --verify-resume: read the batch of the probe again and compare. Raises UserError on rank 0, and so on all, if it differs."""
+        feed = self._feed.next()
+        if feed is None:
+            self._stop_for_data()
+            return
+        self._data_before, self._data_position = self._data_position, feed.state
+        found = self._compute_probe(feed)
+        if self._job.place.rank == 0 and found is not None:
+            check_probe(probe, found)
+        self._job.wait_for_all()
 
     def _stop_for_data(self) -> None:
         """The data cannot go on: keep what was learnt, then stop on all ranks with rank 0's reason."""
@@ -247,6 +295,7 @@ class Trainer:
             self._profiler.finish()
         if self._step > 0 and self._saved_step != self._step:
             self._save()
+        self._saver.finish()
         reason = self._feed.error
         if reason is None:
             self._job.lifeline.cause_of_loss(60.0)  # rank 0 says why, and that ends this process

@@ -1,200 +1,256 @@
-"""Checkpoints as a job of many ranks: who writes what, who waits for whom, and where a run resumes.
+"""Checkpoints as a job of many ranks: who writes what, who waits for whom, while training goes on.
 
-Replica 0 writes, each stage its own layers; rank 0 makes the folder, waits for all stages' records and commits. The ranks talk
-through the store only, so nothing here is a collective of the device. What training reads (fp32 parameters, moments, data
-position) is what is saved, keyed by layer."""
+    every writer    writes its layers beside the other writers of its folder, and tells the store (or why it could not)
+    every keeper    waits for all writers of all folders, completes its folder, tells the store; waits for all keepers, renames; waits
+                    for all renames, deletes old steps
+    rank 0          says in the log what came of it
+
+All of this is on a thread of each rank that talks through a store connection of its own and calls no collective. A step that one rank
+cannot write is given up by all alike, the training goes on, and the checkpoints before it stay. What training reads (fp32 parameters,
+moments, data position) is what is saved, keyed by layer.
+"""
 
 import json
 import logging
 import platform
-import shutil
+import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from checkpoint.job_lock import read_lock_token
-from checkpoint.layer_store import StepWriter
-from checkpoint.layered_folder import file_of_layer
-from checkpoint.manifest import find_newest_step
-from checkpoint.model_folder import ModelFolder, load_stage
+from checkpoint.layer_store import StepWriter, remove_old_steps
 from checkpoint.tensor_file import FileRecord
-from checkpoint.train_state import load_train_state, pack_train_state, read_trainer_state
-from modules.families import read_model_config
-from modules.model_config import ModelConfig
 from modules.stage import Stage
 from optim.build import AdamW
+from training.folders import Folders
 from training.job import COLLECTIVE_TIMEOUT, Job
+from training.measure import default_memory_limit
+from training.snapshot import HostCopy, LayerState, layers_of, num_bytes
 from user_error import UserError
 
 log = logging.getLogger("trainer")
 
-LOCK_VISIBLE_WITHIN_S = 5.0  # network filesystems show another host's file with a delay
-SUM_CHUNK_ELEMENTS = 2**22
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """The flags --async-checkpoint, --checkpoint-optimizer and --keep-checkpoints (0: all)."""
+
+    is_async: bool
+    with_optimizer: bool
+    keep: int
+
+
+class StepNotSaved(UserError):
+    """A checkpoint could not be written; the message says by which rank and why."""
+
+
+class Saver:
+    """One rank's part in saving. Called by all ranks alike; ranks that neither write nor keep a folder do nothing."""
+
+    def __init__(self, job: Job, folders: Folders, root: Path, stage: Stage, optimizer: AdamW, options: SaveOptions) -> None:
+        self._job, self._folders, self._root, self._stage, self._optimizer, self._options = job, folders, root, stage, optimizer, options
+        self._writes, self._keeps = folders.writes(job.place), job.place.rank in folders.keepers
+        self._host_copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, step: int, position: int, trainer: Mapping[str, Any] | None, copy_from: Sequence[Path]) -> float:
+        """Save what has been trained up to ``step``, at ``position`` sequences; ``trainer`` and ``copy_from`` (beside the model folder)
+        are rank 0's. Returns the seconds that training stood still. With --async-checkpoint writing goes on after that; a save that is
+        still running is waited for. Raises StepNotSaved, on a later call, only for what is no mere failure to write.
+        """
+        started = time.perf_counter()
+        self.wait()
+        if not (self._writes or self._keeps):
+            return time.perf_counter() - started
+        dtypes = {name: self._job.model.dtype(name) for name in self._job.model.names()}
+        layers = layers_of(self._stage, self._optimizer, dtypes, with_optimizer=self._options.with_optimizer) if self._writes else {}
+        is_async = self._options.is_async and self._has_room(layers)
+        if is_async:
+            layers = self._host_copy.take(layers)
+        work = _StepSave(
+            job=self._job,
+            folders=self._folders,
+            writer=StepWriter(self._root, step),
+            store=dist.PrefixStore(f"save/{step}/{position}", self._job.store.clone()),  # type: ignore[attr-defined]
+            layers=layers,
+            dtypes=dtypes,
+            position=position,
+            trainer=None if trainer is None else self._completed(step, position, trainer),
+            copy_from=copy_from,
+            keep=self._options.keep,
+        )
+        if is_async:
+            self._thread = threading.Thread(target=self._run, args=[work], name="checkpoint-writer", daemon=True)
+            self._thread.start()
+        else:
+            self._run(work)
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Until nothing is being saved. Raises what the writing thread met, unless it was a failure to write, which it has told."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None and not isinstance(self._failure, StepNotSaved):
+            raise self._failure
+
+    def finish(self) -> None:
+        """wait(), after the last save. Raises StepNotSaved if that one came to nothing."""
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, work: "_StepSave") -> None:
+        self._failure = None
+        try:
+            work.run()
+        except BaseException as error:  # carried to the main thread, which raises it
+            self._failure = error
+
+    def _has_room(self, layers: Mapping[str, LayerState]) -> bool:
+        if self._host_copy.has_room or not layers:
+            return True
+        own_host = self._job.roster[self._job.place.rank]["host_id"]
+        ranks_here = sum(entry["host_id"] == own_host for entry in self._job.roster)
+        needed, free = num_bytes(layers), default_memory_limit(torch.device("cpu"), ranks_here)
+        if needed <= free:
+            return True
+        log.warning(
+            "no room for a copy of this rank's state beside the training (%.1f GB needed, %.1f GB free): training waits while it is "
+            "written, as with --async-checkpoint false",
+            needed / 1e9,
+            free / 1e9,
+        )
+        self._options = SaveOptions(**{**asdict(self._options), "is_async": False})
+        return False
+
+    def _completed(self, step: int, position: int, trainer: Mapping[str, Any]) -> dict[str, Any]:
+        place = self._job.place
+        return {
+            "step": step,
+            "position": position,
+            "cut": [list(layers) for layers in self._job.cut],
+            "grid": {"stages": place.pp_size, "replicas": place.dp_size},
+            "num_threads": self._job.num_threads,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **trainer,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumePoint:
-    """A complete step and what its trainer.json says."""
+class _StepSave:
+    """One rank's part in one step's save; run() is its whole life."""
 
-    folder: Path
-    step: int
-    trainer: dict[str, Any]
+    job: Job
+    folders: Folders
+    writer: StepWriter
+    store: dist.Store
+    layers: dict[str, LayerState]
+    dtypes: dict[str, torch.dtype]
+    position: int
+    trainer: dict[str, Any] | None
+    copy_from: Sequence[Path]
+    keep: int
 
+    def run(self) -> None:
+        """Raises StepNotSaved, alike on all keepers, if any rank could not do its part."""
+        started = time.perf_counter()
+        place, step = self.job.place, self.writer.step
+        if place.rank == 0:
+            self.store.set("trainer", json.dumps(self.trainer))
+        is_keeper = place.rank in self.folders.keepers
+        if is_keeper:
+            self._part("begun", self.writer.begin)
+        if self.folders.writes(place):
+            self._part("wrote", self._write)
+        if not is_keeper:
+            return
+        try:
+            wrote = self._outcomes("wrote", self.folders.writers(place))
+            self._part("ready", lambda: self._prepare(wrote))
+            self._outcomes("ready", self.folders.keepers)
+            self._part("there", lambda: str(self.writer.commit()))
+            self._outcomes("there", self.folders.keepers)
+        except StepNotSaved as error:
+            self.writer.abandon()
+            if place.rank == 0:
+                log.error("error: the checkpoint of step %d was not written, those before it stay. %s", step, error)
+            raise
+        removed = self._remove_old()
+        if place.rank == 0:
+            size = sum(record["size"] for records in wrote.values() for record in records)
+            seconds = time.perf_counter() - started
+            old = f", removed {', '.join(removed)}" if removed else ""
+            log.info("saved %s (%.3g GB in %.1f s%s)", self.writer.final, size / 1e9, seconds, old)
 
-def find_resume_point(root: Path, model_config: ModelConfig) -> ResumePoint | None:
-    """On rank 0: the newest complete step of ``root``, None if there is none. Raises UserError if it is one of another model."""
-    folder, warnings = find_newest_step(root)
-    for warning in warnings:
-        log.warning("%s", warning)
-    if folder is None:
-        return None
-    saved = ModelFolder.open(folder)
-    if saved.config.get("model_type") != model_config.hf_model_type:
-        raise UserError(
-            f"a run resumes its own model; {folder} is a checkpoint of model type {saved.config.get('model_type')!r}, "
-            f"--model-name is {model_config.hf_model_type!r}. "
-            "Use another --checkpoint-path"
+    def _remove_old(self) -> list[str]:
+        try:
+            return remove_old_steps(self.writer.root, self.keep) if self.keep else []
+        except UserError as error:
+            log.warning("old checkpoints could not be removed (--keep-checkpoints): %s", error)
+            return []
+
+    def _part(self, name: str, work: Callable[[], Any]) -> None:
+        """Do ``work`` and tell the others its result, or why there is none."""
+        try:
+            outcome = {"result": work()}
+        except StepNotSaved as error:  # another rank's failure, which this one waited for
+            outcome = {"failed": str(error)}
+        except UserError as error:
+            outcome = {"failed": f"{self.job.place.in_words} on host {self._host}: {error}"}
+        except BaseException:
+            self.store.set(f"{name}/{self.job.place.rank}", json.dumps({"failed": f"{self.job.place.in_words}: {traceback.format_exc()}"}))
+            raise
+        self.store.set(f"{name}/{self.job.place.rank}", json.dumps(outcome))
+
+    def _outcomes(self, name: str, ranks: Sequence[int]) -> dict[int, Any]:
+        """What ``ranks`` made of their parts; raises StepNotSaved with the first failure."""
+        keys = [f"{name}/{rank}" for rank in ranks]
+        self.store.wait(keys, COLLECTIVE_TIMEOUT)
+        outcomes = {rank: json.loads(self.store.get(key)) for rank, key in zip(ranks, keys, strict=True)}
+        failed = [outcome["failed"] for outcome in outcomes.values() if "failed" in outcome]
+        if failed:
+            raise StepNotSaved(failed[0])
+        return {rank: outcome["result"] for rank, outcome in outcomes.items()}
+
+    @property
+    def _host(self) -> str:
+        return str(self.job.roster[self.job.place.rank]["host"])
+
+    def _write(self) -> list[dict[str, Any]]:
+        self._outcomes("begun", [self.folders.keeper(self.job.place.rank)])
+        records: list[FileRecord] = []
+        for key, layer in self.layers.items():
+            records.append(self.writer.write_layer(key, layer.weights, {name: self.dtypes[name] for name in layer.weights}))
+            if layer.train_state:
+                records.append(self.writer.write_train_state(key, layer.train_state))
+        return [asdict(record) for record in records]
+
+    def _prepare(self, wrote: Mapping[int, list[dict[str, Any]]]) -> None:
+        own = self.folders.of(self.job.place.rank)
+        records = {rank: [FileRecord(**record) for record in entries] for rank, entries in wrote.items()}
+        here = {record.name: record for rank in wrote if rank in own for record in records[rank]}
+        elsewhere: dict[str, FileRecord] = {}
+        for rank in wrote:
+            for record in records[rank]:
+                known = here.get(record.name) or elsewhere.get(record.name)
+                if known is not None and known != record:
+                    raise UserError(f"replicas hold the same weights, and two wrote {record.name} differently. Resume from an older step")
+                if known is None:
+                    elsewhere[record.name] = record
+        self.store.wait(["trainer"], COLLECTIVE_TIMEOUT)
+        self.writer.prepare(
+            list(here.values()),
+            list(elsewhere.values()),
+            position=self.position,
+            model=self.job.model,
+            copy_from=[self.job.model.path, *self.copy_from],
+            trainer=json.loads(self.store.get("trainer")),
         )
-    saved_config = read_model_config(saved.config)
-    differing = [
-        f"{name} {value} and {getattr(model_config, name)}"
-        for name, value in asdict(saved_config).items()
-        if value != getattr(model_config, name)
-    ]
-    if differing:
-        raise UserError(
-            f"a run resumes its own model; {folder} and --model-name differ in {', '.join(differing)}. Use another --checkpoint-path"
-        )
-    trainer = read_trainer_state(folder)
-    return ResumePoint(folder=folder, step=trainer["step"], trainer=trainer)
-
-
-def check_same_data(point: ResumePoint, identity: Mapping[str, Any]) -> None:
-    """Raises UserError, naming both values, unless the run that saved ``point`` read the same data in the same batches."""
-    saved = point.trainer["data_identity"]
-    differing = [f"{name}: then {saved.get(name)!r}, now {value!r}" for name, value in identity.items() if saved.get(name) != value]
-    if differing:
-        raise UserError(
-            f"a run resumes with the data it began with; since {point.folder} these changed: {'; '.join(differing)}. "
-            "Set them back, use another --checkpoint-path, or pass --allow-data-change to start the data over"
-        )
-
-
-def check_sees_lock(root: Path, token: str) -> None:
-    """On every rank: --checkpoint-path must be the very folder that rank 0 has locked. Raises UserError."""
-    give_up = time.monotonic() + LOCK_VISIBLE_WITHIN_S
-    while read_lock_token(root) != token:
-        if time.monotonic() < give_up:
-            time.sleep(0.1)
-            continue
-        raise UserError(
-            f"--checkpoint-path must be one folder that all hosts share; {root} on this host is not the one that rank 0 has locked. "
-            "Mount the same folder on all hosts"
-        )
-
-
-def load_weights_and_state(stage: Stage, optimizer: AdamW, folder: Path) -> None:
-    """Resume one stage from a step folder: parameters, from the fp32 masters where the file is narrower, and moments. Strict."""
-    load_stage(stage, ModelFolder.open(folder))
-    states = load_train_state(folder, stage)
-    with torch.no_grad():
-        for name, parameter in stage.named_parameters():
-            master = states[name].pop("master", None)
-            if master is not None:
-                parameter.copy_(master)
-    optimizer.load_state(states)
-
-
-def check_replicas_alike(job: Job, stage: Stage) -> None:
-    """Called by all ranks: every replica of a stage must start from the same weights, or the sum of their gradients belongs to none.
-
-    Each parameter is reduced to two checksums of its bits. Raises UserError on a replica that differs from replica 0.
-    """
-    if job.place.dp_size == 1:
-        return
-    sums = {name: _checksums(parameter) for name, parameter in stage.named_parameters()}
-    job.store.set(f"weights/{job.place.pp}/{job.place.dp}", json.dumps(sums))
-    if job.place.dp == 0:
-        return
-    key = f"weights/{job.place.pp}/0"
-    job.store.wait([key], COLLECTIVE_TIMEOUT)
-    first = json.loads(job.store.get(key))
-    differing = [name for name in sums if sums[name] != first[name]]
-    if differing:
-        raise UserError(
-            f"all replicas start from the same weights; {job.place.in_words} on host {job.roster[job.place.rank]['host']} has "
-            "others than replica 0 in "
-            f"{len(differing)} tensors, first {differing[0]}. Give every host the same copy of the model folder"
-        )
-
-
-def _checksums(parameter: Tensor) -> list[int]:
-    """Sums of the 32-bit words of an fp32 tensor, plain and weighted by their place, modulo 2**64; in pieces that cost little memory."""
-    plain = weighted = 0
-    for piece in parameter.detach().flatten().split(SUM_CHUNK_ELEMENTS):
-        words = piece.view(torch.int32).long()
-        plain += int(words.sum())
-        weighted = weighted * 31 + int((words * torch.arange(1, len(words) + 1, device=words.device)).sum())
-    return [plain % 2**64, weighted % 2**64]
-
-
-def save_step(
-    job: Job, *, root: Path, step: int, stage: Stage, optimizer: AdamW, trainer: Mapping[str, Any], copy_from: list[Path]
-) -> None:
-    """Called by all ranks after the update of ``step``; replica 0 writes. ``trainer`` and ``copy_from`` are rank 0's.
-
-    On rank 0 the step exists when this returns; the others may be ahead of the commit. Raises UserError (disk full, folder not shared).
-    """
-    if job.place.dp != 0:
-        return
-    writer = StepWriter(root, step)
-    try:
-        _write_and_commit(job, writer, stage, optimizer, trainer, copy_from)
-    except UserError:
-        if job.place.rank == 0:
-            shutil.rmtree(writer.partial, ignore_errors=True)  # a disk that is full should not stay full of this
-        raise
-
-
-def _write_and_commit(
-    job: Job, writer: StepWriter, stage: Stage, optimizer: AdamW, trainer: Mapping[str, Any], copy_from: list[Path]
-) -> None:
-    prefix = f"save/{writer.step}"
-    if job.place.rank == 0:
-        writer.begin()
-        job.store.set(f"{prefix}/begun", "1")
-    job.store.wait([f"{prefix}/begun"], COLLECTIVE_TIMEOUT)
-    records: list[FileRecord] = []
-    weight_map: dict[str, str] = {}
-    states = optimizer.state()
-    for key, parameters in stage.parameters_by_layer():
-        weights = {name: parameter.detach() for name, parameter in parameters}
-        dtypes = {name: job.model.dtype(name) for name in weights}
-        records.append(writer.write_layer(key, weights, dtypes))
-        records.append(writer.write_train_state(key, pack_train_state(weights, {name: states[name] for name in weights}, dtypes)))
-        weight_map |= {name: file_of_layer(key) for name in weights}
-    message = {"records": [asdict(record) for record in records], "weight_map": weight_map}
-    job.store.set(f"{prefix}/stage{job.place.pp}", json.dumps(message))
-    if job.place.rank != 0:
-        return
-    keys = [f"{prefix}/stage{pp}" for pp in range(job.place.pp_size)]
-    job.store.wait(keys, COLLECTIVE_TIMEOUT)
-    of_stages = [json.loads(job.store.get(key)) for key in keys]
-    writer.commit(
-        [FileRecord(**record) for message in of_stages for record in message["records"]],
-        {name: file for message in of_stages for name, file in message["weight_map"].items()},
-        copy_from,
-        {
-            "step": writer.step,
-            "cut": [list(layers) for layers in job.cut],
-            "num_threads": job.num_threads,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            **trainer,
-        },
-    )
-    log.info("saved %s", writer.final)

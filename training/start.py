@@ -1,24 +1,31 @@
-"""What must be settled before any weight is loaded: rank 0 looks at folder, tokenizer, data and earlier checkpoints, and tells
-everybody the outcome.
+"""What must be settled before any weight is loaded: who sees which checkpoint folder, where the run goes on, and on rank 0 tokenizer
+and data.
 
-Promises: when agree() returns, all ranks know the same starting point; a UserError of rank 0 has reached the others through the
-hub instead."""
+Promises: when agree() returns, all ranks know the same starting point, every folder is locked by this job, and what was newer than the
+starting point has been renamed, so that no later resume takes it for this run's; a UserError of one rank has reached the others through
+the hub instead."""
 
-import json
+import dataclasses
 import logging
+import os
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from checkpoint.job_lock import JobLock
-from checkpoint.layer_store import remove_partials
+from checkpoint.layer_store import StepWriter, prepared_steps, remove_partials, set_aside
+from checkpoint.manifest import MANIFEST
 from checkpoint.tensor_file import explained_disk_errors
 from tasks.mixture import Mixture
 from training.config import Config
-from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture
-from training.job import COLLECTIVE_TIMEOUT, Job
-from training.saving import ResumePoint, check_same_data, check_sees_lock, find_resume_point
+from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture, sequences_per_step
+from training.folders import Folders, find_folders, remove_tokens
+from training.job import Job
+from training.resuming import ResumePoint, all_say, check_same_model, find_resume_point, newest_first, steps_in_sight
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -26,96 +33,200 @@ log = logging.getLogger("trainer")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Equal on all ranks. resume_folder: name of the step folder inside --checkpoint-path, None for a fresh run; counters as of that
-    step.
-    """
+    """Equal on all ranks. point: where the run goes on, None for a fresh run; the counters as of there, ``step`` in this run's
+    accumulation steps, ``position`` in sequences."""
 
-    lock_token: str
-    resume_folder: str | None
-    step: int
-    optimizer_step: int
-    num_skipped: int
-    is_finished: bool
+    folders: Folders
+    point: ResumePoint | None
+    step: int = 0
+    optimizer_step: int = 0
+    num_skipped: int = 0
+    position: int = 0
+    is_finished: bool = False
+    probe: dict[str, Any] | None = None  # what --verify-resume expects of the first batch that is read, which is then not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingDesk:
-    """What only rank 0 has: the tokenizer, the opened data at its position, and what a later resume must find unchanged."""
+    """What only rank 0 has: the tokenizer, the data opened at its position, and what a later resume must find unchanged."""
 
     encoder: TextEncoder
     mixture: Mixture
+    position: dict[str, Any]
     identity: dict[str, Any]
+    probe: dict[str, Any] | None
 
 
 def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingDesk | None]:
-    """Called by all ranks once the job has formed; rank 0 decides. Lock and data files are released by ``cleanup``."""
+    """Called by all ranks once the job has formed. Locks and data files are released by ``cleanup``."""
     assert config.checkpoint_path is not None, "parse_config requires it"
     root = Path(config.checkpoint_path)
-    desk = None
-    if job.place.rank == 0:
-        start, desk = _settle(job, config, root, cleanup)
-        job.store.set("start", json.dumps(asdict(start)))
-    else:
-        job.store.wait(["start"], COLLECTIVE_TIMEOUT)
-        start = Start(**json.loads(job.store.get("start")))
-    check_sees_lock(root, start.lock_token)
-    job.wait_for_all()  # rank 0 of a finished run would otherwise give the lock back before the others have looked
-    return start, desk
-
-
-def _settle(job: Job, config: Config, root: Path, cleanup: ExitStack) -> tuple[Start, ReadingDesk | None]:
     with explained_disk_errors(root):
         holds_a_model = (root / "config.json").exists()
     if holds_a_model:
         raise UserError(
             f"--checkpoint-path must be a folder of this job's own, and {root} holds a model (config.json). Give another folder"
         )
-    lock = cleanup.enter_context(JobLock(root))
-    for name in remove_partials(root):
-        log.info("removed %s, the rest of a save that was cut off", root / name)
-    point = find_resume_point(root, job.model_config)
-    assert config.total_steps is not None, "parse_config requires it"
-    is_finished = point is not None and point.step >= config.total_steps
-    start = Start(
-        lock_token=lock.token,
-        resume_folder=point.folder.name if point else None,
-        step=point.step if point else 0,
-        optimizer_step=point.trainer["optimizer_step"] if point else 0,
-        num_skipped=point.trainer["num_skipped"] if point else 0,
-        is_finished=is_finished,
-    )
-    if is_finished:
-        return start, None
+    folders = find_folders(job, root)
+    if job.place.rank in folders.keepers:
+        cleanup.enter_context(JobLock(root))
+    in_sight = _complete_commits(job, folders, root)
+    mode = _resume_mode(job, config)
+    point = _find_point(job, root, mode, config.verify_checkpoint)
+    start = _counters(config, folders, point)
     if point is not None:
-        log.info("resuming from %s", point.folder)
+        check_same_model(point, job.model_config)
+    desk = _open_desk(job, config, start, cleanup) if job.place.rank == 0 and not start.is_finished else None
+    probe = all_say(job, dist.PrefixStore("start", job.store), "probe", desk.probe if desk is not None else None)[0]
+    start = dataclasses.replace(start, probe=probe)  # rank 0 has refused nothing; only now is anything renamed
+    if not start.is_finished and job.place.rank in folders.keepers:
+        for name in _newer(in_sight, root, point):
+            if (root / name).is_dir():
+                log.warning("%s is newer than the start of this run and is kept as %s", root / name, set_aside(root / name))
+    job.wait_for_all()
+    return start, desk
+
+
+def _complete_commits(job: Job, folders: Folders, root: Path) -> list[list[tuple[str, int | None]]]:
+    """Called by all ranks: clear away what a killed job left, and return the steps in every rank's sight.
+
+    A step that one host has committed was ready on all of them: where the job was killed before the rename, it is done now.
+    """
+    store = dist.PrefixStore("start", job.store)
+    is_keeper = job.place.rank in folders.keepers
+    before = all_say(job, store, "before", steps_in_sight(root))
+    if is_keeper:
+        committed = {name for steps in before for name, _ in steps} - {name for name, _ in before[job.place.rank]}
+        for name in prepared_steps(root):
+            if name in committed:
+                log.info("completing %s, which was cut off after other hosts had theirs", StepWriter(root, int(name)).commit())
+        for name in remove_partials(root):
+            log.info("removed %s, the rest of a save that was cut off", root / name)
+        remove_tokens(root)
+    all_say(job, store, "tidy", True)
+    return all_say(job, store, "after", steps_in_sight(root))
+
+
+def _resume_mode(job: Job, config: Config) -> str:
+    """Rank 0's --resume, for all: auto, none, a step's number, or a path (of which each rank may have its own spelling)."""
+    store = dist.PrefixStore("start", job.store)
+    own = config.resume
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0 and own != "auto":
+        log.info("restarted by torchrun: going on from the newest checkpoint, as with --resume auto")
+        own = "auto"
+    mode: str = all_say(job, store, "mode", own)[0]
+    is_path = [text not in ("auto", "none") and not text.isdigit() for text in (mode, own)]
+    return own if all(is_path) else mode
+
+
+def _find_point(job: Job, root: Path, mode: str, hashes: bool) -> ResumePoint | None:
+    if mode == "none":
+        return None
+    if mode == "auto":
+        return find_resume_point(job, root, only=None, hashes=hashes)
+    if mode.isdigit():
+        return find_resume_point(job, root, only=str(int(mode)), hashes=hashes)
+    path = Path(mode).expanduser().absolute()
+    is_step = any(all_say(job, dist.PrefixStore("start", job.store), "is a step", (path / MANIFEST).is_file()))
+    point = find_resume_point(job, path.parent, only=path.name, hashes=hashes) if is_step else None
+    if not is_step:
+        point = find_resume_point(job, path, only=None, hashes=hashes)
+    if point is None:
+        rule = "--resume must be auto, none, a step's number or the folder of a checkpoint"
+        raise UserError(f"{rule}; {mode} holds no checkpoint. Check the path")
+    return point
+
+
+def _newer(in_sight: list[list[tuple[str, int | None]]], root: Path, point: ResumePoint | None) -> list[str]:
+    """The steps of this job's folder that a run from ``point`` will not have come from."""
+    ordered = newest_first(in_sight)
+    if point is None:
+        return ordered
+    if point.folder.parent.absolute() == root.absolute() and point.folder.name in ordered:
+        return ordered[: ordered.index(point.folder.name)]
+    positions = {name: position for steps in in_sight for name, position in steps}
+    return [name for name in ordered if (position := positions[name]) is None or position > point.position]
+
+
+def _counters(config: Config, folders: Folders, point: ResumePoint | None) -> Start:
+    assert config.total_steps is not None, "parse_config requires it"
+    if point is None:
+        return Start(folders=folders, point=None)
+    optimizer_step = int(point.trainer["optimizer_step"])
+    step = optimizer_step * config.gradient_accumulate_step
+    return Start(
+        folders=folders,
+        point=point,
+        step=step,
+        optimizer_step=optimizer_step,
+        num_skipped=int(point.trainer["num_skipped"]),
+        position=point.position,
+        is_finished=step >= config.total_steps,
+    )
+
+
+def _open_desk(job: Job, config: Config, start: Start, cleanup: ExitStack) -> ReadingDesk:
+    """On rank 0. Raises UserError for tokenizers, data and batches that do not fit, and says what a resume changes."""
     encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size)
     identity = data_identity(config, encoder)
-    mixture = open_mixture(config, encoder, _data_position(config, point, identity))
+    state, probe = None, None
+    if start.point is not None:
+        state, probe = _data_position(config, start.point, identity)
+        _say_what_changed(job, config, start, start.point)
+    mixture = open_mixture(config, encoder, state)
     cleanup.callback(mixture.close)
-    if point is not None and point.trainer["num_threads"] != job.num_threads:
+    return ReadingDesk(encoder=encoder, mixture=mixture, position=mixture.state(), identity=identity, probe=probe)
+
+
+def _data_position(config: Config, point: ResumePoint, identity: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Where in the data to go on (None: at its beginning), and the probe of --verify-resume if it can be repeated from there."""
+    saved, now = point.trainer["sequences_per_step"], sequences_per_step(config)
+    if saved != now and not config.allow_batch_change:
+        raise UserError(
+            f"a run goes on with its global batch (--batch-size x replicas x --gradient-accumulate-step); {point.folder} was saved with "
+            f"{saved} sequences per optimizer step, now there are {now}. Set them so that the product is {saved}, or pass "
+            "--allow-batch-change to go on from the same place in the data"
+        )
+    before: dict[str, Any] = point.trainer["data_identity"]
+    differing = [f"{key}: then {before.get(key)!r}, now {value!r}" for key, value in identity.items() if before.get(key) != value]
+    if differing and not config.allow_data_change:
+        raise UserError(
+            f"a run resumes with the data it began with; since {point.folder} these changed: {'; '.join(differing)}. "
+            "Set them back, use another --checkpoint-path, or pass --allow-data-change to start the data over"
+        )
+    if differing:
+        log.warning("the data changed since %s and starts over (--allow-data-change)", point.folder)
+        return None, None
+    position: dict[str, Any] = point.trainer["data"]
+    if not config.verify_resume:
+        return position, None
+    probe: dict[str, Any] | None = point.trainer.get("probe")
+    if probe is None or saved != now:
+        why = "was saved without --verify-resume" if probe is None else "was saved with another global batch"
+        log.warning("this resume cannot be verified: %s %s", point.folder, why)
+        return position, None
+    return probe["data_before"], probe
+
+
+def _say_what_changed(job: Job, config: Config, start: Start, point: ResumePoint) -> None:
+    log.info("resuming from %s", point.folder)
+    if start.step != point.step:
+        log.info(
+            "steps count accumulation steps, of which an optimizer step now has %d: step %d of the checkpoint is step %d of this run",
+            config.gradient_accumulate_step,
+            point.step,
+            start.step,
+        )
+    if not point.has_optimizer:
+        log.warning(
+            "%s holds no optimizer states (--checkpoint-optimizer false): Adam's moments start at zero, and weights are as exact as their "
+            "files",
+            point.folder,
+        )
+    if point.trainer["num_threads"] != job.num_threads:
         log.warning(
             "%s was computed with %d threads per rank, this run has %d: the last bits of the losses may change",
             point.folder,
             point.trainer["num_threads"],
             job.num_threads,
         )
-    return start, ReadingDesk(encoder=encoder, mixture=mixture, identity=identity)
-
-
-def _data_position(config: Config, point: ResumePoint | None, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Where in the data to go on; None: at its beginning."""
-    if point is None:
-        return None
-    saved_accumulation = point.trainer["data_identity"]["--gradient-accumulate-step"]
-    if saved_accumulation != config.gradient_accumulate_step:
-        raise UserError(
-            f"--gradient-accumulate-step must stay what it was, because steps are counted in it; {point.folder} was saved with "
-            f"{saved_accumulation}, now it is {config.gradient_accumulate_step}. Set it back, or use another --checkpoint-path"
-        )
-    if config.allow_data_change and point.trainer["data_identity"] != identity:
-        log.warning("the data changed since %s and starts over (--allow-data-change)", point.folder)
-        return None
-    if not config.allow_data_change:
-        check_same_data(point, identity)
-    position: dict[str, Any] = point.trainer["data"]
-    return position

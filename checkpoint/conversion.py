@@ -1,0 +1,141 @@
+"""What a conversion will do, worked out from headers alone: where each weight comes from, where it goes, and what stays behind.
+
+The writers (layered_folder.py, hf_folder.py, legacy_folder.py) follow the same tables; ``verify_copy`` holds what they wrote to the plan,
+byte by byte. A plan needs no weights, so a model of any size can be planned on any machine.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from checkpoint.hf_folder import cut_into_shards
+from checkpoint.layered_folder import file_of_layer
+from checkpoint.legacy_layers import legacy_place
+from checkpoint.model_folder import ModelFolder, check_model_folder, listed
+from modules.model_config import ModelConfig
+from modules.stage import layer_key, layer_keys
+from user_error import UserError
+
+Layout = Literal["layers", "legacy layers", "hugging face"]
+COMPARED_AT_ONCE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor:
+    """One weight: its Hugging Face name, where it lies, where it goes."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    source_file: Path
+    source_name: str
+    file: str
+    name_in_file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """tensors: in model order. dropped: (name, file) of the old buffers that nobody reads."""
+
+    tensors: tuple[PlannedTensor, ...]
+    dropped: tuple[tuple[str, Path], ...]
+
+    @property
+    def files(self) -> list[str]:
+        """The files of weights, in model order."""
+        return list(dict.fromkeys(tensor.file for tensor in self.tensors))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights as they will be written."""
+        return sum(tensor.shape.numel() * tensor.dtype.itemsize for tensor in self.tensors)
+
+    def lines(self) -> Iterator[str]:
+        """The plan for a reader: a line per tensor, one per file and kind of what is dropped, and the sum."""
+        for tensor in self.tensors:
+            source = f"{tensor.source_file.name}: {tensor.source_name}"
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            yield f"{tensor.name} -> {tensor.file}: {tensor.name_in_file} {list(tensor.shape)} {dtype}   (from {source})"
+        for name, path in self.dropped:
+            yield f"dropped: {name}   (in {path.name}; a buffer of old versions, computed anew)"
+        yield (
+            f"{len(self.tensors)} tensors in {len(self.files)} files, {self.num_bytes / 1e9:.3f} GB; {len(self.dropped)} dropped; "
+            "nothing was written"
+        )
+
+
+def plan_conversion(source: ModelFolder, config: ModelConfig, layout: Layout, *, max_shard_bytes: int = 0) -> Plan:
+    """The plan for ``source``, in the dtypes in which it shows its weights. ``max_shard_bytes`` is for "hugging face".
+
+    Raises UserError, as the writers do, if ``source`` does not hold exactly the weights of ``config``.
+    """
+    check_model_folder(source, config)
+    place = _places(source, config, layout, max_shard_bytes)
+    layers = {key: i for i, key in enumerate(layer_keys(config.num_layers))}
+    tensors = []
+    for name in sorted(source.names(), key=lambda name: (layers[layer_key(name)], name)):
+        file, name_in_file = place(name)
+        stored = source.weights[name]
+        tensors.append(
+            PlannedTensor(
+                name=name,
+                shape=source.shape(name),
+                dtype=source.dtype(name),
+                source_file=stored.file.path,
+                source_name=stored.name,
+                file=file,
+                name_in_file=name_in_file,
+            )
+        )
+    return Plan(tensors=tuple(tensors), dropped=tuple((name, stored.file.path) for name, stored in sorted(source.dropped.items())))
+
+
+def verify_copy(source: ModelFolder, target: Path, plan: Plan, progress: Callable[[int], object] = lambda num_bytes: None) -> int:
+    """Read ``target`` anew and compare every tensor with ``source``, byte by byte. Returns how many there are.
+
+    ``progress`` hears the bytes just compared. Raises UserError naming the tensors that differ.
+    """
+    written = ModelFolder.open(target)
+    expected = {tensor.name: tensor for tensor in plan.tensors}
+    wrong = listed("missing", sorted(set(expected) - set(written.names()))) + listed("extra", sorted(set(written.names()) - set(expected)))
+    differing = []
+    for name, tensor in expected.items():
+        if name not in written.weights:
+            continue
+        stored = written.weights[name]
+        is_in_place = (stored.file.path.name, stored.name) == (tensor.file, tensor.name_in_file)
+        same_kind = stored.spec.shape == tensor.shape and stored.spec.dtype == tensor.dtype
+        if not (is_in_place and same_kind and _same_bytes(source.read(name), written.read(name))):
+            differing.append(name)
+        progress(stored.spec.num_bytes)
+    wrong += listed("not as in the source", differing)
+    if wrong:
+        cure = "Do not use it: check the disk, remove the folder and convert again."
+        raise UserError(f"{target} was written and reads back differently: {'; '.join(wrong)}. {cure}")
+    return len(expected)
+
+
+def _places(source: ModelFolder, config: ModelConfig, layout: Layout, max_shard_bytes: int) -> Callable[[str], tuple[str, str]]:
+    """Hugging Face name -> (file, name in it)."""
+    if layout == "layers":
+        return lambda name: (file_of_layer(layer_key(name)), name)
+    if layout == "legacy layers":
+        return lambda name: legacy_place(name, config.names)
+    layers = layer_keys(config.num_layers)
+    in_model_order = sorted(source.names(), key=lambda name: (layers.index(layer_key(name)), name))
+    shards = cut_into_shards([source.tensor_source(name) for name in in_model_order], max_shard_bytes)
+    number = {tensor.name: i for i, shard in enumerate(shards, start=1) for tensor in shard}
+    if len(shards) == 1:
+        return lambda name: ("model.safetensors", name)
+    return lambda name: (f"model-{number[name]:05d}-of-{len(shards):05d}.safetensors", name)
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """NaNs and signed zeros included."""
+    bytes_of_a, bytes_of_b = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    pieces = zip(bytes_of_a.split(COMPARED_AT_ONCE_BYTES), bytes_of_b.split(COMPARED_AT_ONCE_BYTES), strict=True)
+    return len(bytes_of_a) == len(bytes_of_b) and all(torch.equal(one, other) for one, other in pieces)

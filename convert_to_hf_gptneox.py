@@ -1,0 +1,18 @@
+"""Turn a training checkpoint of a GPT-NeoX (or a layer-sharded model folder) into a plain Hugging Face folder, to load, publish or serve.
+
+    python convert_to_hf_gptneox.py --ckpt-path model_checkpoints/my-run --save-path my-neox
+
+More: docs/converters.md.
+"""
+
+import sys
+
+try:
+    from converters.to_hf import main
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"error: {sys.executable} lacks the package {missing.name}. Run `make setup`, then `source .venv/bin/activate`, and try again"
+    ) from None
+
+if __name__ == "__main__":
+    sys.exit(main("gptneox"))

@@ -1,0 +1,58 @@
+"""The flags that both directions share, and the steps of work behind them: dtype, plan, progress, verification."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint.conversion import Plan, verify_copy
+from checkpoint.model_folder import ModelFolder
+from checkpoint.recast import DTYPES, recast
+
+FAMILY_TITLES = {"gptj": "GPT-J", "gptneox": "GPT-NeoX"}
+
+
+def add_shared_flags(parser: argparse.ArgumentParser, *names_of_config: str) -> None:
+    """names_of_config: the spellings of --config-name."""
+    parser.add_argument(
+        *names_of_config,
+        dest="config_name",
+        help="folder or hub name that holds config.json and tokenizer; needed only where the source has no config.json of its own",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["keep", *DTYPES],
+        help="dtype of the written weights (default: keep, each weight's own; of hivemind's 8-bit format: fp16)",
+    )
+    parser.add_argument("--verify", action="store_true", help="read back what was written and compare every tensor with the source")
+    parser.add_argument("--plan", action="store_true", help="print where every tensor would come from and go to, and write nothing")
+
+
+def in_chosen_dtype(source: ModelFolder, choice: str | None) -> ModelFolder:
+    """``source`` as --dtype says. Its weights are converted when they are read; one that does not fit raises UserError then."""
+    if choice is None:
+        return recast(source, torch.float16 if source.is_int8 else None)
+    return recast(source, DTYPES.get(choice))
+
+
+def print_plan(plan: Plan) -> None:
+    """To stdout."""
+    for line in plan.lines():
+        print(line)
+
+
+@contextmanager
+def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr; yields what is to be called with the bytes just done."""
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=title) as bar:
+        yield bar.update
+
+
+def verify(source: ModelFolder, target: Path, plan: Plan) -> None:
+    """Compare ``target`` with ``source`` and say so. Raises UserError if they differ."""
+    with progress_bar(plan.num_bytes, "verifying") as progress:
+        count = verify_copy(source, target, plan, progress)
+    print(f"verified {count} tensors")

@@ -1,0 +1,224 @@
+"""Where a run goes on: the newest step that is complete over all hosts together.
+
+Each rank says which files of a step it sees, and all put that together in the same way.
+
+Promises: nothing of a step is loaded before all of it was found, in full size (and, with --verify-checkpoint, with the right hash); what
+makes a step unusable is said with file and reason, and the next older one is looked at. Left to others: loading (collecting.py).
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from checkpoint.companions import CONFIG
+from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, Manifest, file_problem, name_problems, read_manifest, step_folders
+from checkpoint.model_folder import read_json_object
+from checkpoint.tensor_file import FileRecord
+from checkpoint.train_state import read_trainer_state
+from modules.families import read_model_config
+from modules.model_config import ModelConfig
+from training.job import COLLECTIVE_TIMEOUT, Job
+from user_error import UserError
+
+log = logging.getLogger("trainer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """A complete step, equal on all ranks. folder: its name (or path, for --resume PATH) as this rank sees it. sees: which files of the
+    checkpoint each rank has on its own disk. trainer, config: what trainer.json and config.json say."""
+
+    folder: Path
+    records: dict[str, FileRecord]
+    sees: tuple[frozenset[str], ...]
+    trainer: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """In accumulation steps of the run that saved it."""
+        return int(self.trainer["step"])
+
+    @property
+    def position(self) -> int:
+        """In sequences."""
+        return int(self.trainer["position"])
+
+    @property
+    def has_optimizer(self) -> bool:
+        """False for a checkpoint that was saved with --checkpoint-optimizer false."""
+        return any(name.startswith(f"{TRAIN_STATE}/") and name != TRAINER_FILE for name in self.records)
+
+    def provider(self, name: str, rank: int) -> int:
+        """Who gives the file ``name`` to ``rank``: itself if it sees it, else the lowest rank that does."""
+        return rank if name in self.sees[rank] else min(other for other, names in enumerate(self.sees) if name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sight:
+    """What one rank sees of one step: files present in full size, or the reason why it sees none, and what is wrong with others.
+
+    copy: equal for ranks that look at the very same folder of the same host."""
+
+    copy: str
+    everywhere: dict[str, Any] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def steps_in_sight(root: Path) -> list[tuple[str, int | None]]:
+    """(name, position) of the step folders in ``root``, newest first; position None where the manifest cannot be read."""
+    found: list[tuple[str, int | None]] = []
+    for folder in step_folders(root):
+        try:
+            found.append((folder.name, read_manifest(folder).position))
+        except UserError:
+            found.append((folder.name, None))
+    return found
+
+
+def find_resume_point(job: Job, root: Path, *, only: str | None, hashes: bool) -> ResumePoint | None:
+    """Called by all ranks: the newest step in ``root`` (or the one named ``only``) that is complete over all ranks; None if there is none.
+
+    Raises UserError if ``only`` is not there or not complete, or all that is there is unusable (on rank 0, and so on all).
+    """
+    store = dist.PrefixStore("resume", job.store)
+    in_sight = all_say(job, store, "steps", steps_in_sight(root))
+    refused: list[str] = []
+    for name in [only] if only is not None else newest_first(in_sight):
+        copy = f"{job.roster[job.place.rank]['host_id']}:{os.path.realpath(root / name)}"
+        sights = [_Sight(**s) for s in all_say(job, store, f"sight/{name}", asdict(_look_at(root / name, copy)))]
+        point, problem = _put_together(job, store, root / name, sights, hashes)
+        if point is not None:
+            if job.place.rank == 0:
+                for text in refused:
+                    log.warning("%s", text)
+            return point
+        refused.append(f"passed over {root / name}, it is no complete checkpoint: {problem}")
+    if refused:
+        text = "; ".join(refused).replace("passed over ", "") if only is not None else "; ".join(refused)
+        cure = "Name another step" if only is not None else "Repair one of them, or pass --resume none to start over; nothing is deleted"
+        raise UserError(f"there are checkpoints in {root}, and none can be resumed: {text}. {cure}")
+    return None
+
+
+def newest_first(in_sight: list[list[tuple[str, int | None]]]) -> list[str]:
+    """The names of all steps that any rank sees, by position where one of them knows it, else by number."""
+    positions: dict[str, int] = {}
+    for steps in in_sight:
+        for name, position in steps:
+            positions[name] = max(positions.get(name, -1), -1 if position is None else position)
+    known = sorted((n for n, p in positions.items() if p >= 0), key=lambda name: (positions[name], int(name)), reverse=True)
+    for name in sorted((n for n, p in positions.items() if p < 0), key=int):
+        place = next((i for i, other in enumerate(known) if int(other) <= int(name)), len(known))
+        known.insert(place, name)
+    return known
+
+
+def _look_at(folder: Path, copy: str) -> _Sight:
+    try:
+        manifest: Manifest = read_manifest(folder)
+    except UserError as error:
+        return _Sight(copy=copy, problems=[str(error)] if folder.exists() else [])
+    wrong_name = name_problems(folder, manifest) if folder.name.isdigit() else []
+    if wrong_name:
+        return _Sight(copy=copy, problems=wrong_name)
+    everywhere = manifest.everywhere
+    problems = {name: file_problem(folder, record) for name, record in everywhere.items()}
+    return _Sight(
+        copy=copy,
+        everywhere={name: [record.size, record.sha256] for name, record in everywhere.items()},
+        names=[name for name, problem in problems.items() if problem is None],
+        problems=[text for name, text in problems.items() if text is not None and name in manifest.here],
+    )
+
+
+def _put_together(job: Job, store: dist.Store, folder: Path, sights: list[_Sight], hashes: bool) -> tuple[ResumePoint | None, str | None]:
+    """Equal on all ranks: the point, or why there is none."""
+    tables = [sight.everywhere for sight in sights if sight.everywhere]
+    problems = [text for sight in sights for text in sight.problems]
+    if not tables:
+        return None, problems[0] if problems else f"there is no folder {folder}"
+    if any(table != tables[0] for table in tables):
+        return None, "the manifests on different hosts list different files: they are not of the same save"
+    records = {name: FileRecord(name=name, size=size, sha256=sha256) for name, (size, sha256) in tables[0].items()}
+    sees = [set(sight.names) for sight in sights]
+    if hashes:
+        for rank, wrong in enumerate(all_say(job, store, f"hashes/{folder.name}", _wrong_hashes(job, folder, records, sights))):
+            problems += wrong.values()
+            for other, sight in enumerate(sights):
+                if sight.copy == sights[rank].copy:
+                    sees[other] -= set(wrong)
+    lacking = sorted(set(records) - set().union(*sees))
+    if lacking:
+        named = next((text for text in problems if text.startswith(lacking[0])), f"{lacking[0]} is on none of the hosts")
+        return None, named + (f" (and {len(lacking) - 1} more files)" if len(lacking) > 1 else "")
+    contents: dict[str, dict[str, Any]] = {}
+    for name in (TRAINER_FILE, CONFIG):
+        said = _from_lowest(job, store, folder, sees, name)
+        if "problem" in said:
+            return None, str(said["problem"])
+        contents[name] = said["content"]
+    point = ResumePoint(
+        folder=folder,
+        records=records,
+        sees=tuple(frozenset(names) for names in sees),
+        trainer=contents[TRAINER_FILE],
+        config=contents[CONFIG],
+    )
+    return point, None
+
+
+def _wrong_hashes(job: Job, folder: Path, records: Mapping[str, FileRecord], sights: list[_Sight]) -> dict[str, str]:
+    """name -> what is wrong with it. The ranks that see one copy of the step share its files out among them."""
+    own = sights[job.place.rank]
+    sharers = [rank for rank, sight in enumerate(sights) if sight.copy == own.copy]
+    share = sorted(own.names)[sharers.index(job.place.rank) :: len(sharers)]
+    problems = {name: file_problem(folder, records[name], hashes=True) for name in share}
+    return {name: text for name, text in problems.items() if text is not None}
+
+
+def _from_lowest(job: Job, store: dist.Store, folder: Path, sees: list[set[str]], name: str) -> dict[str, Any]:
+    """A small JSON file of the step, read by the lowest rank that sees it, for all: {"content": ...} or {"problem": ...}."""
+    owner = min(rank for rank, names in enumerate(sees) if name in names)
+    key = f"content/{folder.name}/{name}"
+    if job.place.rank == owner:
+        try:
+            said: dict[str, Any] = {"content": read_trainer_state(folder) if name == TRAINER_FILE else read_json_object(folder / name)}
+        except UserError as error:
+            said = {"problem": str(error)}
+        store.set(key, json.dumps(said))
+    store.wait([key], COLLECTIVE_TIMEOUT)
+    content = json.loads(store.get(key))
+    assert isinstance(content, dict), "written above"
+    return content
+
+
+def all_say(job: Job, store: dist.Store, what: str, mine: Any) -> list[Any]:
+    """Called by all ranks: everybody's ``mine``, by rank."""
+    store.set(f"{what}/{job.place.rank}", json.dumps(mine))
+    keys = [f"{what}/{rank}" for rank in range(job.place.world_size)]
+    store.wait(keys, COLLECTIVE_TIMEOUT)
+    return [json.loads(store.get(key)) for key in keys]
+
+
+def check_same_model(point: ResumePoint, model_config: ModelConfig) -> None:
+    """Raises UserError if the step is one of another model than --model-name."""
+    cure = "Use another --checkpoint-path"
+    if point.config.get("model_type") != model_config.hf_model_type:
+        raise UserError(
+            f"a run resumes its own model; {point.folder} is a checkpoint of model type {point.config.get('model_type')!r}, "
+            f"--model-name is {model_config.hf_model_type!r}. {cure}"
+        )
+    saved = asdict(read_model_config(point.config))
+    differing = [
+        f"{name} {value} and {getattr(model_config, name)}" for name, value in saved.items() if value != getattr(model_config, name)
+    ]
+    if differing:
+        raise UserError(f"a run resumes its own model; {point.folder} and --model-name differ in {', '.join(differing)}. {cure}")

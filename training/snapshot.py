@@ -1,0 +1,73 @@
+"""What a checkpoint holds of one rank, by layer: as references that are written before training goes on, or as a copy in host memory
+that is written while it does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from checkpoint.train_state import pack_train_state
+from modules.stage import Stage
+from optim.build import AdamW
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerState:
+    """One layer: weights by name as the optimizer updates them (fp32), and the tensors of its training state ({} where none is kept)."""
+
+    weights: dict[str, Tensor]
+    train_state: dict[str, Tensor]
+
+
+def layers_of(stage: Stage, optimizer: AdamW, file_dtypes: Mapping[str, torch.dtype], *, with_optimizer: bool) -> dict[str, LayerState]:
+    """Layer key -> its state, nothing copied. file_dtypes: of the weight files, which decide where a master is stored besides."""
+    states = optimizer.state() if with_optimizer else {}
+    layers: dict[str, LayerState] = {}
+    for key, parameters in stage.parameters_by_layer():
+        weights = {name: parameter.detach() for name, parameter in parameters}
+        state = pack_train_state(weights, states, file_dtypes) if with_optimizer else {}
+        layers[key] = LayerState(weights=weights, train_state=state)
+    return layers
+
+
+class HostCopy:
+    """Room in host memory for one rank's layers. Made at the first copy and used again by the next: a copy then costs no page faults."""
+
+    def __init__(self) -> None:
+        self._room: dict[tuple[str, str], Tensor] = {}
+
+    @property
+    def has_room(self) -> bool:
+        """True behind the first copy."""
+        return bool(self._room)
+
+    def take(self, layers: Mapping[str, LayerState]) -> dict[str, LayerState]:
+        """Copy everything; when this returns the originals may change. What was taken before is overwritten."""
+        copied: dict[int, Tensor] = {}  # a master is the parameter itself: stored twice in the folder, copied once
+
+        def copy(kind: str, name: str, tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in copied or tensor.numel() == 0:
+                room = self._room.get((kind, name))
+                if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
+                    room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                    self._room[kind, name] = room
+                copied[tensor.data_ptr()] = room.copy_(tensor, non_blocking=True)
+            return copied[tensor.data_ptr()]
+
+        taken = {
+            key: LayerState(
+                weights={name: copy("weight", name, tensor) for name, tensor in layer.weights.items()},
+                train_state={name: copy("state", name, tensor) for name, tensor in layer.train_state.items()},
+            )
+            for key, layer in layers.items()
+        }
+        if any(tensor.is_cuda for layer in layers.values() for tensor in layer.weights.values()):
+            torch.cuda.synchronize()
+        return taken
+
+
+def num_bytes(layers: Mapping[str, LayerState]) -> int:
+    """Of host memory that a copy takes; a master that is the parameter itself counts once."""
+    tensors = (tensor for layer in layers.values() for tensor in (*layer.weights.values(), *layer.train_state.values()))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

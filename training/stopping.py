@@ -1,0 +1,51 @@
+"""SIGTERM and Ctrl-C while training: finish the step, save, exit 0. A second one ends the process at once.
+
+The handler only notes the signal; all ranks decide in the step's one reduction, so a signal to any of them stops all after the same step.
+The second signal is seen by a thread (Python runs handlers between bytecodes of the main thread, which may sit in a wait for a peer).
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_INTERRUPTED = 130
+
+
+class StopRequest:
+    """``with StopRequest() as stop:`` on the main thread; ``stop.name`` is the signal that came, None so far."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._theirs = theirs
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        self._previous_wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._previous_wakeup)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._theirs.close()  # ends the thread
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = self.name or signal.Signals(number).name
+
+    def _watch(self) -> None:
+        count = 0
+        with contextlib.closing(self._ours):
+            while received := self._ours.recv(1):
+                count += received[0] in SIGNALS
+                if count >= 2:
+                    os._exit(EXIT_INTERRUPTED)

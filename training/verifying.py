@@ -1,0 +1,68 @@
+"""--verify-resume: what the weights of a checkpoint computed when it was saved, and whether they compute it again after a resume.
+
+The probe is a forward and backward of the last batch with the saved weights, without an update: its loss and gradient norm. It is found
+again bit for bit if weights, data, order of data, arithmetic and grid-independence are all what the trainer promises.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+
+from optim.decide import StepDecision
+from training.config import Config
+from training.job import Job
+from user_error import UserError
+
+log = logging.getLogger("trainer")
+
+TOLERANCE = 1e-4  # relative, where a bit-equal result is not promised
+
+
+def make_probe(
+    job: Job, config: Config, decision: StepDecision, tokens_sha256: str | None, data_before: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What trainer.json stores. tokens_sha256, data_before: rank 0's; the batch that was used, and where in the data it began."""
+    return {
+        "loss": decision.loss.hex(),
+        "grad_norm": decision.grad_norm.hex(),
+        "tokens_sha256": tokens_sha256,
+        "data_before": data_before,
+        "bits_depend_on": {
+            "--micro-batch-size": config.micro_batch_size,
+            "replicas": job.place.dp_size,
+            "--gradient-accumulate-step": config.gradient_accumulate_step,
+            "compute threads per rank": job.num_threads,
+            "device": job.device.type,
+            "torch": torch.__version__,
+            "wire": [config.wire_dtype, config.wire_dtype_grad] if job.place.pp_size > 1 else ["none", "none"],
+        },
+    }
+
+
+def check_probe(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """On rank 0. Raises UserError unless the probe was found again: to the bit, or within TOLERANCE where what bits depend on changed."""
+    if then["tokens_sha256"] != now["tokens_sha256"]:
+        raise UserError(
+            "--verify-resume: the batch behind the checkpoint is another one now, so the data or its order changed in a way that nothing "
+            "else noticed. Give the run its data back, or start anew in another --checkpoint-path"
+        )
+    changed = [
+        f"{name} ({before} then, {now['bits_depend_on'].get(name)} now)"
+        for name, before in then["bits_depend_on"].items()
+        if now["bits_depend_on"].get(name) != before
+    ]
+    values = [(name, float.fromhex(then[name]), float.fromhex(now[name])) for name in ("loss", "grad_norm")]
+    differing = [
+        f"{name} {before!r} then, {after!r} now"
+        for name, before, after in values
+        if (not math.isclose(before, after, rel_tol=TOLERANCE) if changed else then[name] != now[name])
+    ]
+    if differing:
+        raise UserError(
+            f"--verify-resume: the weights that were loaded do not compute what was stored with them: {'; '.join(differing)}. Resume with "
+            "--verify-checkpoint, or from an older step"
+        )
+    how = f"within {TOLERANCE:g}, as {', '.join(changed)} changed" if changed else "bit for bit"
+    log.info("verified: the last batch before the checkpoint gives the stored loss %.6g and gradient norm again, %s", values[0][1], how)
