@@ -1,19 +1,32 @@
 """A folder that appears as a whole or not at all: written under a hidden name beside its target, flushed, then renamed.
 
-Used by the converters; a training checkpoint, which many ranks write, does the same in layer_store.StepWriter.
+    <parent>/.<name>.partial/   the files so far, .lock and, in a folder that can be continued, .journal
+    <parent>/<name>/            the same folder after one rename, without the last two
+
+The journal says which files are done: first the digest of the plan, then a line per file, each written after the file is on the disk.
+After a kill, a power cut or Ctrl-C the same plan is continued with the files that the journal vouches for; another plan starts over.
+Used by the converters; a training checkpoint, which many ranks write, is renamed in the same way by layer_store.StepWriter.
 """
 
+import hashlib
+import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from checkpoint.job_lock import JobLock
-from checkpoint.tensor_file import explained_disk_errors, fsync_directory
+from checkpoint.model_folder import ModelFolder
+from checkpoint.tensor_file import FileRecord, explained_disk_errors, fsync_directory
 from user_error import UserError
 
 PARTIAL_SUFFIX = ".partial"
+JOURNAL_NAME = ".journal"
+JOURNAL_FORMAT = 1
+log = logging.getLogger("checkpoint")
 
 
 def check_target(target: Path) -> None:
@@ -31,34 +44,166 @@ def atomic_folder(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
     ``num_bytes``: what will be written, to refuse a disk that is too small before anything is. A rest of a killed run is cleared away;
     the rest of a live one is locked. Files in it must have been flushed by the body (tensor_file does).
     """
-    check_target(target)
-    target = target.resolve()  # a link to an empty folder is followed, so that the rename stays on one disk
-    partial = target.parent / f".{target.name}{PARTIAL_SUFFIX}"
-    with explained_disk_errors(target), JobLock(partial) as lock:
+    with _locked_partial(target) as (partial, lock):
         try:
-            _clear(partial, keep=lock.path)
+            _clear(partial, keep={lock.path})
             _check_space(target, num_bytes)
             yield partial
             lock.path.unlink()
-            for folder, _, _ in os.walk(partial):
-                fsync_directory(Path(folder))
-            os.rename(partial, target)
-            fsync_directory(target.parent)
+            _publish(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
-def _clear(folder: Path, keep: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry != keep:
-            entry.unlink()
+@contextmanager
+def resumable_folder(target: Path, *, plan: str, num_bytes: int = 0) -> Iterator["ResumableFolder"]:
+    """As ``atomic_folder``, but what a killed run of the same ``plan`` has finished is kept (see ``ResumableFolder.once``).
+
+    ``plan``: a text that changes with everything that the files' bytes depend on (``plan_digest``). An error, ours or the disk's, removes
+    the folder; only a kill, a power cut or Ctrl-C leaves it for the next run.
+    """
+    with _locked_partial(target) as (partial, lock):
+        try:
+            folder = ResumableFolder(partial, plan, keep={lock.path})
+            _check_space(target, num_bytes - folder.bytes_kept)
+            if folder.num_kept:
+                log.warning("continuing in %s: %d files (%.3f GB) were already written", partial, folder.num_kept, folder.bytes_kept / 1e9)
+            yield folder
+            lock.path.unlink()
+            folder.forget()
+            _publish(partial, target)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        except KeyboardInterrupt:
+            log.warning("%s stays: the same command continues there; remove it to start over", partial)
+            raise
+
+
+class ResumableFolder:
+    """The folder that is being written, and what of it was there before. ``path``: where to write."""
+
+    def __init__(self, path: Path, plan: str, *, keep: Iterable[Path]) -> None:
+        """Open the journal in ``path`` for this ``plan``; what it does not vouch for is removed, except for ``keep``."""
+        self.path, self._journal = path, path / JOURNAL_NAME
+        self._header = {"format": JOURNAL_FORMAT, "plan": plan}
+        records = self._read_journal()
+        self._kept = {name: record for name, record in records.items() if _has_size(path / name, record.size)}
+        _clear(path, keep={*keep, self._journal, *(path / name for name in self._kept)})
+        # Written anew, because what is lost of the listed files must not be listed any more when it is written the next time.
+        lines = [self._header, *(asdict(record) for record in self._kept.values())]
+        successor = self._journal.with_suffix(".new")
+        _write_durably(successor, "xb", b"".join(map(_line, lines)))
+        os.replace(successor, self._journal)
+        fsync_directory(path)
+
+    @property
+    def num_kept(self) -> int:
+        """Files that an earlier run has written."""
+        return len(self._kept)
+
+    @property
+    def bytes_kept(self) -> int:
+        """Their size."""
+        return sum(record.size for record in self._kept.values())
+
+    def keeps(self, name: str) -> bool:
+        """True if ``once`` will not write this file."""
+        return name in self._kept
+
+    def once(self, name: str, write: Callable[[], FileRecord]) -> FileRecord:
+        """The record of the file ``name``: of an earlier run, or of ``write()``, which must leave it flushed under ``path``/``name``."""
+        if name in self._kept:
+            return self._kept[name]
+        record = write()
+        assert record.name == name, f"the file {name} was written as {record.name}"
+        _write_durably(self._journal, "ab", _line(asdict(record)))
+        return record
+
+    def forget(self) -> None:
+        """Remove the journal: all is written."""
+        self._journal.unlink()
+
+    def _read_journal(self) -> dict[str, FileRecord]:
+        """What the journal lists, up to the line in which it breaks off; nothing if it is not of this plan."""
+        try:
+            header, *lines = self._journal.read_bytes().splitlines(keepends=True)
+            if json.loads(header) != self._header:
+                return {}
+        except (FileNotFoundError, ValueError):  # none there, or broken off in its first line
+            return {}
+        records = {}
+        for line in lines:
+            try:
+                record = FileRecord(**json.loads(line))
+            except (ValueError, TypeError):
+                break
+            records[record.name] = record
+        return records
+
+
+def plan_digest(source: ModelFolder, *options: object) -> str:
+    """For ``resumable_folder``: changes with the source (configuration, tensors, size and time of every file) and with ``options``.
+
+    ``options``: plain values that say what is made of it, the layout's name among them.
+    """
+    where = [(name, str(source.weights[name].file.path), source.weights[name].name) for name in source.names()]
+    files = [file for path in sorted({weight.file.path for weight in source.weights.values()}) for file in _files_of(path)]
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([source.digest(), where, states, [str(option) for option in options]]).encode()).hexdigest()
+
+
+@contextmanager
+def _locked_partial(target: Path) -> Iterator[tuple[Path, JobLock]]:
+    check_target(target)
+    target = target.resolve()  # a link to an empty folder is followed, so that the rename stays on one disk
+    partial = target.parent / f".{target.name}{PARTIAL_SUFFIX}"
+    with explained_disk_errors(target), JobLock(partial) as lock:
+        yield partial, lock
+
+
+def _publish(partial: Path, target: Path) -> None:
+    target = target.resolve()
+    for folder, _, _ in os.walk(partial):
+        fsync_directory(Path(folder))
+    os.rename(partial, target)
+    fsync_directory(target.parent)
+
+
+def _clear(folder: Path, keep: Iterable[Path]) -> None:
+    """Remove every file below ``folder`` but ``keep``, and the folders that are empty then."""
+    kept = set(keep)
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if Path(parent, name) not in kept:
+                Path(parent, name).unlink()
+        if Path(parent) != folder and not os.listdir(parent):
+            os.rmdir(parent)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file itself; of a folder that stands for its files (weights in 8 bits), all that are not hidden."""
+    return [path] if not path.is_dir() else sorted(e for e in path.iterdir() if e.is_file() and not e.name.startswith("."))
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _write_durably(path: Path, mode: str, data: bytes) -> None:
+    with closing(open(path, mode)) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(content: object) -> bytes:
+    return (json.dumps(content) + "\n").encode()
 
 
 def _check_space(target: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(target.resolve().parent).free
     if num_bytes > free:
         sizes = f"{num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free"
         raise UserError(f"{target} needs {sizes}. Free some space or give a folder on another disk.")

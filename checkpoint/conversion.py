@@ -1,7 +1,7 @@
 """What a conversion will do, worked out from headers alone: where each weight comes from, where it goes, and what stays behind.
 
 The writers (layered_folder.py, hf_folder.py, legacy_folder.py) follow the same tables; ``verify_copy`` holds what they wrote to the plan,
-byte by byte. A plan needs no weights, so a model of any size can be planned on any machine.
+byte by byte and after the same rounding. A plan needs no weights, so a model of any size can be planned on any machine.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from checkpoint.hf_folder import cut_into_shards
 from checkpoint.layered_folder import file_of_layer
 from checkpoint.legacy_layers import legacy_place
 from checkpoint.model_folder import ModelFolder, check_model_folder, listed
+from checkpoint.weight_file import StoredWeight
 from modules.model_config import ModelConfig
 from modules.stage import layer_key, layer_keys
 from user_error import UserError
 
 Layout = Literal["layers", "legacy layers", "hugging face"]
-COMPARED_AT_ONCE_BYTES = 64 << 20
+COMPARED_AT_ONCE = 4 << 20  # elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +68,15 @@ class Plan:
         )
 
 
-def plan_conversion(source: ModelFolder, config: ModelConfig, layout: Layout, *, max_shard_bytes: int = 0) -> Plan:
-    """The plan for ``source``, in the dtypes in which it shows its weights. ``max_shard_bytes`` is for "hugging face".
+def plan_conversion(
+    source: ModelFolder, config: ModelConfig, layout: Layout, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 0
+) -> Plan:
+    """The plan for ``source``, written as ``dtype`` (None: each weight as it is). ``max_shard_bytes`` is for "hugging face".
 
     Raises UserError, as the writers do, if ``source`` does not hold exactly the weights of ``config``.
     """
     check_model_folder(source, config)
-    place = _places(source, config, layout, max_shard_bytes)
+    place = _places(source, config, layout, dtype, max_shard_bytes)
     layers = {key: i for i, key in enumerate(layer_keys(config.num_layers))}
     tensors = []
     for name in sorted(source.names(), key=lambda name: (layers[layer_key(name)], name)):
@@ -84,7 +86,7 @@ def plan_conversion(source: ModelFolder, config: ModelConfig, layout: Layout, *,
             PlannedTensor(
                 name=name,
                 shape=source.shape(name),
-                dtype=source.dtype(name),
+                dtype=dtype or source.dtype(name),
                 source_file=stored.file.path,
                 source_name=stored.name,
                 file=file,
@@ -95,7 +97,7 @@ def plan_conversion(source: ModelFolder, config: ModelConfig, layout: Layout, *,
 
 
 def verify_copy(source: ModelFolder, target: Path, plan: Plan, progress: Callable[[int], object] = lambda num_bytes: None) -> int:
-    """Read ``target`` anew and compare every tensor with ``source``, byte by byte. Returns how many there are.
+    """Read ``target`` anew and compare every tensor with ``source``, rounded as planned, byte by byte. Returns how many there are.
 
     ``progress`` hears the bytes just compared. Raises UserError naming the tensors that differ.
     """
@@ -109,7 +111,7 @@ def verify_copy(source: ModelFolder, target: Path, plan: Plan, progress: Callabl
         stored = written.weights[name]
         is_in_place = (stored.file.path.name, stored.name) == (tensor.file, tensor.name_in_file)
         same_kind = stored.spec.shape == tensor.shape and stored.spec.dtype == tensor.dtype
-        if not (is_in_place and same_kind and _same_bytes(source.read(name), written.read(name))):
+        if not (is_in_place and same_kind and _same_bytes(source.weights[name], stored)):
             differing.append(name)
         progress(stored.spec.num_bytes)
     wrong += listed("not as in the source", differing)
@@ -119,7 +121,9 @@ def verify_copy(source: ModelFolder, target: Path, plan: Plan, progress: Callabl
     return len(expected)
 
 
-def _places(source: ModelFolder, config: ModelConfig, layout: Layout, max_shard_bytes: int) -> Callable[[str], tuple[str, str]]:
+def _places(
+    source: ModelFolder, config: ModelConfig, layout: Layout, dtype: torch.dtype | None, max_shard_bytes: int
+) -> Callable[[str], tuple[str, str]]:
     """Hugging Face name -> (file, name in it)."""
     if layout == "layers":
         return lambda name: (file_of_layer(layer_key(name)), name)
@@ -127,15 +131,21 @@ def _places(source: ModelFolder, config: ModelConfig, layout: Layout, max_shard_
         return lambda name: legacy_place(name, config.names)
     layers = layer_keys(config.num_layers)
     in_model_order = sorted(source.names(), key=lambda name: (layers.index(layer_key(name)), name))
-    shards = cut_into_shards([source.tensor_source(name) for name in in_model_order], max_shard_bytes)
+    shards = cut_into_shards([source.weights[name].source(name, dtype) for name in in_model_order], max_shard_bytes)
     number = {tensor.name: i for i, shard in enumerate(shards, start=1) for tensor in shard}
     if len(shards) == 1:
         return lambda name: ("model.safetensors", name)
     return lambda name: (f"model-{number[name]:05d}-of-{len(shards):05d}.safetensors", name)
 
 
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """NaNs and signed zeros included."""
-    bytes_of_a, bytes_of_b = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
-    pieces = zip(bytes_of_a.split(COMPARED_AT_ONCE_BYTES), bytes_of_b.split(COMPARED_AT_ONCE_BYTES), strict=True)
-    return len(bytes_of_a) == len(bytes_of_b) and all(torch.equal(one, other) for one, other in pieces)
+def _same_bytes(source: StoredWeight, written: StoredWeight) -> bool:
+    """True if ``written`` holds what ``source`` holds, rounded to its dtype; NaNs and signed zeros included."""
+    sources = source.source(source.name), written.source(written.name)
+    vectors = [one.read().detach().reshape(-1) for one in sources]
+    for parts in zip(*(vector.split(COMPARED_AT_ONCE) for vector in vectors), strict=True):
+        a, b = (part.to(written.spec.dtype).view(torch.uint8) for part in parts)
+        if not torch.equal(a, b):
+            return False
+        for one, part in zip(sources, parts, strict=True):
+            one.release(part)
+    return True

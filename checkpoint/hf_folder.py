@@ -1,12 +1,16 @@
 """A plain Hugging Face folder out of any model folder: what save_pretrained would write, streamed tensor by tensor.
 
-Promises: the same bytes in every tensor, no training state, nothing of ours in the folder; it appears as a whole or not at all.
+Promises: the same bytes in every tensor (or the same values in another dtype), no training state, nothing of ours in the folder; it appears
+as a whole or not at all.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from checkpoint.atomic_folder import atomic_folder
+import torch
+
+from checkpoint.atomic_folder import plan_digest, resumable_folder
 from checkpoint.companions import copy_companions
 from checkpoint.model_folder import ModelFolder, check_model_folder
 from checkpoint.tensor_file import TensorSource, write_json_file, write_tensor_file
@@ -21,23 +25,32 @@ def write_hf_folder(
     *,
     max_shard_bytes: int,
     progress: Callable[[int], object] = lambda num_bytes: None,
+    dtype: torch.dtype | None = None,
 ) -> list[Path]:
-    """Write ``source`` into ``target`` (missing or empty) and return the weight files. ``progress`` hears the bytes just written."""
+    """Write ``source`` into ``target`` (missing or empty) as ``dtype`` (None: each tensor as it is) and return the weight files.
+
+    ``progress`` hears the bytes just written. The same call after a kill continues with the first file that was not finished. Raises
+    UserError if a value does not fit ``dtype``.
+    """
     check_model_folder(source, config)
     layers = layer_keys(config.num_layers)
     in_model_order = sorted(source.names(), key=lambda name: (layers.index(layer_key(name)), name))
-    shards = cut_into_shards([source.tensor_source(name) for name in in_model_order], max_shard_bytes)
+    shards = cut_into_shards([source.weights[name].source(name, dtype) for name in in_model_order], max_shard_bytes)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(files) == 1:
         files = ["model.safetensors"]
-    with atomic_folder(target, num_bytes=source.num_bytes()) as folder:
+    total_bytes = sum(tensor.num_bytes for shard in shards for tensor in shard)
+    plan = plan_digest(source, "hugging face", dtype, max_shard_bytes)
+    with resumable_folder(target, plan=plan, num_bytes=total_bytes) as folder:
         for file, shard in zip(files, shards, strict=True):
-            write_tensor_file(folder / file, shard, relative_to=folder, progress=progress)
+            if folder.keeps(file):
+                progress(sum(tensor.num_bytes for tensor in shard))
+            folder.once(file, partial(write_tensor_file, folder.path / file, shard, relative_to=folder.path, progress=progress))
         if len(shards) > 1:
             weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
-            index = {"metadata": {"total_size": source.num_bytes()}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json_file(folder / "model.safetensors.index.json", index, relative_to=folder)
-        copy_companions([source.path], folder, dtypes={source.dtype(name) for name in source.names()})
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json_file(folder.path / "model.safetensors.index.json", index, relative_to=folder.path)
+        copy_companions([source.path], folder.path, dtypes={tensor.dtype for shard in shards for tensor in shard})
     return [target / file for file in files]
 
 

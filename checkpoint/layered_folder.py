@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from checkpoint.atomic_folder import atomic_folder
+import torch
+
+from checkpoint.atomic_folder import plan_digest, resumable_folder
 from checkpoint.companions import copy_companions
 from checkpoint.manifest import write_manifest
 from checkpoint.model_folder import ModelFolder, check_model_folder
@@ -26,23 +28,34 @@ def file_of_layer(key: str) -> str:
 
 
 def write_model_folder(
-    source: ModelFolder, target: Path, config: ModelConfig, progress: Callable[[str, int], object] = lambda key, num_bytes: None
+    source: ModelFolder,
+    target: Path,
+    config: ModelConfig,
+    progress: Callable[[str, int], object] = lambda key, num_bytes: None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write ``source`` as a layer-sharded model folder ``target`` with manifest, tensor by tensor, every weight's dtype kept.
+    """Write ``source`` as a layer-sharded model folder ``target`` with manifest, tensor by tensor, as ``dtype`` (None: each as it is).
 
-    ``progress`` hears (layer key, bytes just written). ``target`` must be missing or empty; it appears as a whole or not at all.
+    ``progress`` hears (layer key, bytes just written). ``target`` must be missing or empty; it appears as a whole or not at all, and the
+    same call after a kill continues with the first layer that was not finished. Raises UserError if a value does not fit ``dtype``.
     """
     check_model_folder(source, config)
     by_layer: dict[str, list[TensorSource]] = {key: [] for key in layer_keys(config.num_layers)}
     for name in source.names():
-        by_layer[layer_key(name)].append(source.tensor_source(name))
-    with atomic_folder(target, num_bytes=source.num_bytes()) as folder:
-        records = [
-            write_tensor_file(folder / file_of_layer(key), sources, relative_to=folder, progress=partial(progress, key))
-            for key, sources in by_layer.items()
-        ]
+        by_layer[layer_key(name)].append(source.weights[name].source(name, dtype))
+    num_bytes = {key: sum(s.num_bytes for s in sources) for key, sources in by_layer.items()}
+    plan = plan_digest(source, "layers", dtype)
+    with resumable_folder(target, plan=plan, num_bytes=sum(num_bytes.values())) as folder:
+        records = []
+        for key, sources in by_layer.items():
+            file = file_of_layer(key)
+            if folder.keeps(file):
+                progress(key, num_bytes[key])
+            write = partial(write_tensor_file, folder.path / file, sources, relative_to=folder.path, progress=partial(progress, key))
+            records.append(folder.once(file, write))
         weight_map = {s.name: file_of_layer(key) for key, sources in by_layer.items() for s in sources}
-        finish_folder(folder, records, weight_map, [source.path], step=None)
+        finish_folder(folder.path, records, weight_map, [source.path], step=None)
     return target
 
 

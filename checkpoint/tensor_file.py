@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import queue
 import sys
@@ -47,6 +48,7 @@ CHUNK_BYTES = 16 << 20
 ALIGNMENT_BYTES = 64
 MAX_UNHASHED_CHUNKS = 2  # written and not yet hashed: what the memory of a file costs beside its tensor
 _WORTH_A_THREAD_BYTES = 256 << 10  # 0.15 ms of sha256
+_CHECKED_AT_ONCE = 1 << 18  # values
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 # What a disk or its owner can do to a write, and the person at the keyboard can cure.
 DISK_ERRORS = {
@@ -161,34 +163,48 @@ def _write_tensor(writer: "_HashingWriter", source: TensorSource, progress: Call
     tensor = source.read().detach()
     assert tensor.shape == source.shape, f"{source.name} was announced as {tuple(source.shape)} and is {tuple(tensor.shape)}"
     release = source.release if tensor.is_contiguous() else lambda part: None  # else the parts are those of a copy
-    length = CHUNK_BYTES // max(tensor.dtype.itemsize, source.dtype.itemsize)
-    for part in tensor.contiguous().reshape(-1).split(length):
-        if part.dtype == source.dtype:
-            writer.write(_bytes_of(part), done=partial(release, part))
-        else:
-            writer.write(_bytes_of(_converted(part, source)))
+    parts = tensor.contiguous().reshape(-1).split(CHUNK_BYTES // max(tensor.dtype.itemsize, source.dtype.itemsize))
+    is_converted = tensor.dtype != source.dtype
+    # As many as the writer may be using at a time, and one more.
+    buffers = [own_memory(parts[0].shape, source.dtype) for _ in parts[: MAX_UNHASHED_CHUNKS + 1] if is_converted]
+    for k, part in enumerate(parts):
+        if is_converted:
+            data = converted(part, source, buffers[k % len(buffers)][: len(part)])
             release(part)
+            writer.write(_bytes_of(data))
+        else:
+            writer.write(_bytes_of(part), done=partial(release, part))
         progress(part.numel() * source.dtype.itemsize)
     writer.wait_for_hash()
+
+
+def own_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros in memory that goes back to the system with the tensor. malloc would keep blocks of these sizes, for others that never fit."""
+    count = shape.numel()
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype, count=count).reshape(shape)
+
+
+def converted(part: Tensor, source: TensorSource, out: Tensor | None = None) -> Tensor:
+    """``part`` of what ``source`` reads, rounded to its dtype, in ``out`` if given. Raises UserError if a finite value becomes infinite."""
+    result = part.to(source.dtype) if out is None else out.copy_(part)
+    if not source.dtype.is_floating_point:
+        return result
+    for values, rounded in zip(part.split(_CHECKED_AT_ONCE), result.split(_CHECKED_AT_ONCE), strict=True):
+        infinite = rounded.isinf()
+        if bool(infinite.any()) and len(too_large := values[infinite & values.isfinite()]):
+            short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[source.dtype]
+            seen = f"it holds {too_large[0].item():g}, and {short} ends at {torch.finfo(source.dtype).max:g}"
+            cure = "use bf16, which holds numbers as large as fp32 does" if short == "fp16" else "keep its dtype"
+            raise UserError(f"{source.name} does not fit {short}: {seen}; {cure}")
+    return result
 
 
 def _bytes_of(part: Tensor) -> memoryview:
     """The memory of a contiguous vector; of a copy of it where that is not the CPU's."""
     data: memoryview = part.cpu().view(torch.uint8).numpy().data
     return data
-
-
-def _converted(part: Tensor, source: TensorSource) -> Tensor:
-    """``part`` rounded to the source's dtype. Raises UserError if that makes a finite value infinite."""
-    result = part.to(source.dtype)
-    if source.dtype.is_floating_point and bool(result.isinf().any()):  # rare, so that the second look may cost more
-        too_large = part[result.isinf() & part.isfinite()]
-        if len(too_large):
-            short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[source.dtype]
-            seen = f"it holds {too_large[0].item():g}, and {short} ends at {torch.finfo(source.dtype).max:g}"
-            cure = "use bf16, which holds numbers as large as fp32 does" if short == "fp16" else "keep its dtype"
-            raise UserError(f"{source.name} does not fit {short}: {seen}; {cure}")
-    return result
 
 
 class _HashingWriter:

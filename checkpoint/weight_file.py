@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from checkpoint.tensor_file import CHUNK_BYTES, DTYPE_NAMES, TensorSource
+from checkpoint.tensor_file import CHUNK_BYTES, DTYPE_NAMES, TensorSource, own_memory
 from user_error import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
@@ -156,7 +156,7 @@ class TorchFile:
         """
         tensor = self._tensors[name]
         if not tensor.is_contiguous():
-            result = torch.empty(tensor.shape, dtype=tensor.dtype)
+            result = own_memory(tensor.shape, tensor.dtype)
             in_order_of_the_file = sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))
             self._copy_by_blocks(result.permute(in_order_of_the_file), tensor.permute(in_order_of_the_file))
             return result

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoint.conversion import Plan, verify_copy
 from checkpoint.model_folder import ModelFolder
-from checkpoint.recast import DTYPES, recast
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FAMILY_TITLES = {"gptj": "GPT-J", "gptneox": "GPT-NeoX"}
 
 
@@ -31,11 +32,11 @@ def add_shared_flags(parser: argparse.ArgumentParser, *names_of_config: str) -> 
     parser.add_argument("--plan", action="store_true", help="print where every tensor would come from and go to, and write nothing")
 
 
-def in_chosen_dtype(source: ModelFolder, choice: str | None) -> ModelFolder:
-    """``source`` as --dtype says. Its weights are converted when they are read; one that does not fit raises UserError then."""
+def chosen_dtype(source: ModelFolder, choice: str | None) -> torch.dtype | None:
+    """What --dtype says, None to keep every weight's own. The formula of 8-bit weights gives float32, which is more than they hold."""
     if choice is None:
-        return recast(source, torch.float16 if source.is_int8 else None)
-    return recast(source, DTYPES.get(choice))
+        return torch.float16 if source.is_int8 else None
+    return DTYPES.get(choice)
 
 
 def print_plan(plan: Plan) -> None:
@@ -46,8 +47,8 @@ def print_plan(plan: Plan) -> None:
 
 @contextmanager
 def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr; yields what is to be called with the bytes just done."""
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=title) as bar:
+    """A bar on stderr, above which log lines go; yields what is to be called with the bytes just done."""
+    with logging_redirect_tqdm(), tqdm(total=num_bytes, unit="B", unit_scale=True, desc=title) as bar:
         yield bar.update
 
 

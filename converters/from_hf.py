@@ -16,7 +16,7 @@ from checkpoint.conversion import plan_conversion
 from checkpoint.layered_folder import write_model_folder
 from checkpoint.legacy_folder import write_legacy_folder
 from checkpoint.model_folder import resolve_model_folder
-from converters.flags import FAMILY_TITLES, add_shared_flags, in_chosen_dtype, print_plan, progress_bar, verify
+from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, progress_bar, verify
 from converters.sources import open_source
 from user_error import UserError
 
@@ -29,6 +29,9 @@ def main(model_type: str, argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -59,14 +62,15 @@ def convert(model_type: str, arguments: argparse.Namespace) -> None:
     if not arguments.plan:
         check_target(target)  # before anything is downloaded
     opened = open_source(resolve_model_folder(arguments.model_name), model_type, "from_hf", arguments.config_name)
-    config, source = opened.config, in_chosen_dtype(opened.folder, arguments.dtype)
-    plan = plan_conversion(source, config, "legacy layers" if arguments.legacy_layout else "layers")
+    config, source = opened.config, opened.folder
+    dtype = chosen_dtype(source, arguments.dtype)
+    plan = plan_conversion(source, config, "legacy layers" if arguments.legacy_layout else "layers", dtype=dtype)
     if arguments.plan:
         print_plan(plan)
         return
     write = write_legacy_folder if arguments.legacy_layout else write_model_folder
     with progress_bar(plan.num_bytes, "layers") as progress:
-        write(source, target, config, lambda key, num_bytes: progress(num_bytes))
+        write(source, target, config, lambda key, num_bytes: progress(num_bytes), dtype=dtype)
     if arguments.verify:
         verify(source, target, plan)
     if not tokenizer_files(source.path):

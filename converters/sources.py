@@ -66,7 +66,7 @@ def _open_stages(path: Path, model_type: str, direction: str, config_name: str |
     config = _family_config(hf_config, config_path, model_type, direction)
     checkpoint = open_stage_checkpoint(path, config)
     for reason in checkpoint.passed_over:
-        print(f"warning: passed over {reason}", file=sys.stderr)
+        print(f"warning: passed over a step: {reason}", file=sys.stderr)
     stages = checkpoint.layers_per_stage
     print(f"reading {checkpoint.folder}: {len(stages)} stage(s) of {' + '.join(map(str, stages))} layers; configuration of {config_path}")
     folder = ModelFolder.of(config_path, hf_config, checkpoint.weights, weights_path=checkpoint.folder)

@@ -14,7 +14,7 @@ from checkpoint.atomic_folder import check_target
 from checkpoint.companions import tokenizer_files
 from checkpoint.conversion import plan_conversion
 from checkpoint.hf_folder import write_hf_folder
-from converters.flags import FAMILY_TITLES, add_shared_flags, in_chosen_dtype, print_plan, progress_bar, verify
+from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, progress_bar, verify
 from converters.sources import open_source
 from user_error import UserError
 
@@ -29,6 +29,9 @@ def main(model_type: str, argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -84,14 +87,15 @@ def convert(model_type: str, arguments: argparse.Namespace) -> None:
     if not arguments.plan:
         check_target(target)
     opened = open_source(arguments.ckpt_path.expanduser(), model_type, "to_hf", arguments.config_name)
-    config, source = opened.config, in_chosen_dtype(opened.folder, arguments.dtype)
+    config, source = opened.config, opened.folder
+    dtype = chosen_dtype(source, arguments.dtype)
     check_stages(config.num_layers, opened.layers_per_stage, arguments.n_stages, arguments.n_layer_per_stage)
-    plan = plan_conversion(source, config, "hugging face", max_shard_bytes=max_shard_bytes)
+    plan = plan_conversion(source, config, "hugging face", dtype=dtype, max_shard_bytes=max_shard_bytes)
     if arguments.plan:
         print_plan(plan)
         return
     with progress_bar(plan.num_bytes, "weights") as progress:
-        write_hf_folder(source, target, config, max_shard_bytes=max_shard_bytes, progress=progress)
+        write_hf_folder(source, target, config, max_shard_bytes=max_shard_bytes, progress=progress, dtype=dtype)
     if arguments.verify:
         verify(source, target, plan)
     if not tokenizer_files(source.path):

@@ -33,7 +33,7 @@ class ModelNames:
     def layer_index(self, name: str) -> int | None:
         """17 for ``<trunk>.<layers>.17.anything``; None for what belongs to no layer."""
         parts = name.split(".")
-        return int(parts[2]) if parts[:2] == [self.trunk, self.layers] and len(parts) > 3 and parts[2].isdigit() else None
+        return int(parts[2]) if parts[:2] == [self.trunk, self.layers] and len(parts) > 3 and parts[2].isdecimal() else None
 
     def is_buffer(self, name: str) -> bool:
         """True for the tensors of old files that are dropped on read and never written."""

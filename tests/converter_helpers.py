@@ -37,7 +37,9 @@ BLOCK = {
 }
 
 
-def make_hf(family: str, folder: Path, *, dtype: torch.dtype = torch.float16, num_layers: int | None = None, **how: Any) -> dict[str, Tensor]:
+def make_hf(
+    family: str, folder: Path, *, dtype: torch.dtype = torch.float16, num_layers: int | None = None, **how: Any
+) -> dict[str, Tensor]:
     """A random model with a tokenizer in ``folder``; returns its tensors as they lie on disk. ``how``: for save_pretrained."""
     torch.manual_seed(0)
     num_layers = NUM_LAYERS[family] if num_layers is None else num_layers

@@ -192,13 +192,20 @@ def test_every_wrong_argument_has_its_own_message_and_changes_nothing(saved, hos
     assert "there is no folder" in refused(capsys, out, a, tmp_path / "nowhere")
     assert f"{empty} holds neither a step" in refused(capsys, out, a, empty)
     assert "holds step 300; they hold 100, 200" in refused(capsys, out, a, b, "--step", "300")
-    assert "is a model folder" in refused(capsys, out, a, saved / "model" if False else as_model(tmp_path / "model", saved))
+    assert "is a model folder" in refused(capsys, out, a, as_model(tmp_path / "model", saved))
     assert "--step is 200 and" in refused(capsys, out, a / "100", b, "--step", "200")
     assert "named by another step" in refused(capsys, tmp_path / "7", a, b)
     assert "must be missing or empty" in refused(capsys, tmp_path / "full", a, b, "--step", "100")
     assert "holds a model (config.json)" in refused(capsys, tmp_path / "model", a, b)
     (a / "100" / "manifest.json").unlink()
     assert "no given folder has a manifest.json" in refused(capsys, out, a / "100")
+
+
+@pytest.mark.parametrize("entry", [{"step": -1}, {"step": "../100"}, {"step": 1.5}, {"position": "x"}], ids=str)
+def test_a_manifest_with_a_nonsensical_step_never_decides_where_to_write(entry, hosts, tmp_path, capsys):
+    for host in hosts:
+        edit(host / "100" / "manifest.json", lambda content: content.update(entry))
+    assert "must be whole numbers" in refused(capsys, tmp_path / "all", hosts[0] / "100", hosts[1] / "100")
 
 
 def as_model(folder, saved):
@@ -226,7 +233,8 @@ def test_a_full_disk_is_no_damaged_copy(hosts, tmp_path, capsys, monkeypatch):
         return copy_file(source, path, relative_to=relative_to)
 
     monkeypatch.setattr(gather_module, "copy_file", full)
-    error = refused(capsys, tmp_path / "deep" / "all" / "100", *hosts, "--step", "100") if (tmp_path / "deep").mkdir() is None else ""
+    (tmp_path / "deep").mkdir()
+    error = refused(capsys, tmp_path / "deep" / "all" / "100", *hosts, "--step", "100")
     assert "No space left on device" in error and "good copy" not in error
 
 

@@ -30,7 +30,7 @@ import converters.from_hf
 import converters.to_hf
 from checkpoint.job_lock import JobLock
 from checkpoint.manifest import verify_step
-from checkpoint.model_folder import ModelFolder
+from checkpoint.weight_file import SafetensorsFile
 from modules.gptj import GPTJConfig
 from modules.stage import meta_stage
 from user_error import UserError
@@ -223,19 +223,35 @@ def test_a_target_that_is_not_empty_is_refused_and_untouched_and_an_empty_one_is
     assert same_bytes(tensors_of(target), tensors_of(model))
 
 
-def test_a_conversion_that_breaks_off_leaves_nothing_behind(model, tmp_path, monkeypatch):
-    read, count = ModelFolder.read, iter(range(10))
+def break_off_after(monkeypatch, num_reads, error):
+    read, count = SafetensorsFile.read, iter(range(num_reads))
 
-    def break_off(folder, name):
+    def breaking_read(file, name):
         if next(count, None) is None:
-            raise KeyboardInterrupt
-        return read(folder, name)
+            raise error
+        return read(file, name)
 
-    monkeypatch.setattr(ModelFolder, "read", break_off)
-    for convert in (from_hf, to_hf):
-        with pytest.raises(KeyboardInterrupt):
-            convert(model, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["model"] or os.listdir(tmp_path / "out") == []
+    monkeypatch.setattr(SafetensorsFile, "read", breaking_read)
+
+
+@pytest.mark.parametrize("convert", [from_hf, to_hf])
+def test_a_conversion_that_fails_leaves_nothing_behind(convert, model, tmp_path, monkeypatch, capsys):
+    break_off_after(monkeypatch, 10, UserError("the cable is out"))
+    assert convert(model, tmp_path / "out") == 1
+    assert "the cable is out" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != model] == []
+
+
+@pytest.mark.parametrize("convert", [from_hf, to_hf])
+def test_a_conversion_that_is_interrupted_ends_without_traceback_and_can_be_run_again(convert, model, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        break_off_after(patch, 10, KeyboardInterrupt)
+        assert convert(model, tmp_path / "out") == 130
+    assert capsys.readouterr().err.endswith("stopped\n")
+    target = tmp_path / "out" / "model" if convert is from_hf else tmp_path / "out"
+    assert not target.exists()
+    assert convert(model, tmp_path / "out") == 0
+    assert same_bytes(tensors_of(target), tensors_of(model))
 
 
 def test_two_conversions_into_one_target_do_not_mix(model, tmp_path, capsys):

@@ -159,7 +159,10 @@ def test_old_bin_files_with_buffers_of_any_dtype_and_straddling_layers_are_read(
     folder, weights, expected = models[family]
     everything = dict(weights)
     for i in range(NUM_LAYERS[family]):
-        everything |= {f"{LAYERS[family]}.{i}.{name}": tensor for name, tensor in buffers(family, [torch.float16, torch.bfloat16, torch.float32][i % 3]).items()}
+        everything |= {
+            f"{LAYERS[family]}.{i}.{name}": tensor
+            for name, tensor in buffers(family, [torch.float16, torch.bfloat16, torch.float32][i % 3]).items()
+        }
     names = sorted(everything)
     shards = [{name: everything[name] for name in names[i::num_shards]} for i in range(num_shards)]
     old = shutil.copytree(folder, tmp_path / "old")

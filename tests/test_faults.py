@@ -24,7 +24,7 @@ DEADLINE_S = 10.0
 # phase -> the method in whose third call (first, where it is called once) the victim dies
 PHASES: dict[str, tuple[Any, str, int]] = {
     "meeting": (job, "_form", 1),
-    "preparing": (start, "check_sees_lock", 1),
+    "preparing": (start, "find_folders", 1),
     "loading": (loop, "load_stage", 1),
     "forward": (PipelineEngine, "_forward", 3),
     "backward": (PipelineEngine, "_backward", 3),

@@ -24,11 +24,13 @@ from modules.families import is_legacy_buffer, read_model_config
 from modules.gptneox import GELU_OF_ACTIVATION, GPTNeoXConfig
 from modules.lm_ops import Segments, next_token_targets
 from modules.stage import Stage, empty_stage, meta_stage
-from training import saving
+from training.saving import Saver
 from user_error import UserError
 
 NUM_LAYERS, SEQ_LENGTH = 4, 24
-HEAD, LAYER_0 = "embed_out.weight", "gpt_neox.layers.0."
+HEAD = "embed_out.weight"
+OLD_FORM = {"rotary_pct": 0.5, "rotary_emb_base": 5000}  # of the rotary settings of the tiny model (conftest.py)
+NEW_FORM = {"partial_rotary_factor": 0.5, "rope_theta": 5000}
 
 # Written down from the models' own config.json files.
 NEOX_20B = {
@@ -199,17 +201,15 @@ def test_the_20b_checkpoint_holds_just_our_names_and_shapes_and_legacy_buffers()
 
 def rotary_of(**keys: Any) -> tuple[int, float]:
     bare = {key: value for key, value in PYTHIA_70M.items() if not key.startswith("rotary")}
-    config = GPTNeoXConfig.from_hf({**bare, **keys})
-    return config.rotary_dim, config.rotary_base
+    return (config := GPTNeoXConfig.from_hf({**bare, **keys})).rotary_dim, config.rotary_base
 
 
 def test_rotary_settings_are_read_in_the_old_form_and_in_the_new() -> None:
-    new = {"rope_type": "default", "rope_theta": 5000, "partial_rotary_factor": 0.5}
-    assert rotary_of(rotary_pct=0.5, rotary_emb_base=5000) == (32, 5000)
-    assert rotary_of(rope_parameters=new) == (32, 5000)
-    assert rotary_of(rope_parameters=new, rotary_pct=0.5, rotary_emb_base=5000.0, rope_scaling=None) == (32, 5000)
-    assert rotary_of(rope_scaling=new) == (32, 5000), "as transformers 5 reads it"
-    assert rotary_of(rope_theta=5000, partial_rotary_factor=0.5) == (32, 5000)
+    assert rotary_of(**OLD_FORM) == (32, 5000)
+    assert rotary_of(rope_parameters={"rope_type": "default", **NEW_FORM}) == (32, 5000)
+    assert rotary_of(rope_parameters=NEW_FORM, **OLD_FORM, rope_scaling=None) == (32, 5000)
+    assert rotary_of(rope_scaling=NEW_FORM) == (32, 5000), "as transformers 5 reads it"
+    assert rotary_of(**NEW_FORM) == (32, 5000)
     assert rotary_of() == (16, 10000), "the defaults of transformers"
 
 
@@ -219,10 +219,7 @@ def test_rotary_settings_are_read_in_the_old_form_and_in_the_new() -> None:
         ({"rope_parameters": {"partial_rotary_factor": 1.0}}, "rotary_pct 0.25 and rope_parameters.partial_rotary_factor 1.0"),
         ({"rope_parameters": {"rope_theta": 5000}}, "rotary_emb_base 10000 and rope_parameters.rope_theta 5000"),
         ({"rope_scaling": {"type": "default", "rope_theta": 1e6}}, "rotary_emb_base 10000 and rope_scaling.rope_theta 1000000.0"),
-        (
-            {"rotary_pct": None, "partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}},
-            "partial_rotary_factor 0.5 and rope_parameters.partial_rotary_factor 1.0",
-        ),
+        ({"rotary_emb_base": None, "rope_theta": 5, "rope_parameters": {"rope_theta": 9}}, "rope_theta 5 and rope_parameters.rope_theta 9"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling {'type': 'linear'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling {'type': 'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": {"type": "default"}}, "rope_parameters {'rope_type': 'yarn'"),
@@ -232,7 +229,7 @@ def test_rotary_settings_are_read_in_the_old_form_and_in_the_new() -> None:
         ({"rotary_pct": 0}, "rotary_pct 0 "),
         ({"rotary_pct": 1.5}, "rotary_pct 1.5"),
         ({"rotary_pct": 1e308}, "rotary_pct 1e+308"),
-        ({"rotary_pct": 0.02}, "rotary_pct 0.02 of head width 64"),
+        ({"rotary_pct": 0.01}, "rotary_pct 0.01 of head width 64"),
         ({"rotary_pct": 0.05}, "rotary_pct 0.05 of head width 64"),
         ({"rotary_emb_base": True}, "rotary_emb_base True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings true"),
@@ -259,8 +256,7 @@ def legacy_buffers(kind: torch.dtype) -> dict[str, Tensor]:
         attention = f"gpt_neox.layers.{i}.attention"
         buffers[f"{attention}.bias"] = torch.ones(1, 1, 64, 64).tril().to(kind)
         buffers[f"{attention}.masked_bias"] = torch.tensor(-1e9).to(torch.float16 if kind == torch.float16 else torch.float32)
-        table = torch.full((2,), 7.0, dtype=torch.float32 if kind == torch.uint8 else torch.float16)
-        buffers[f"{attention}.rotary_emb.inv_freq"] = table
+        buffers[f"{attention}.rotary_emb.inv_freq"] = torch.full((2,), 7.0, dtype=torch.float32 if kind == torch.uint8 else torch.float16)
     return buffers
 
 
@@ -276,9 +272,9 @@ def test_old_buffers_are_dropped_and_either_name_of_the_head_is_read_and_the_rig
     assert HEAD in weights, "what transformers writes"
     old = {head if name == HEAD else name: tensor for name, tensor in weights.items()} | legacy_buffers(kind)
     torch.save(old, folder / file) if file.endswith(".bin") else save_file(old, folder / file)
-    assert ModelFolder.open(folder).names() == sorted(weights)
-    assert torch.equal(logits_of(load(folder)), logits_of(load(neox_folder)))
     source = ModelFolder.open(folder)
+    assert source.names() == sorted(weights)
+    assert torch.equal(logits_of(load(folder)), logits_of(load(neox_folder)))
     config = read_model_config(source.config)
     written = (write_model_folder(source, tmp_path / "layered", config), tmp_path / "hf")
     write_hf_folder(source, written[1], config, max_shard_bytes=30_000)
@@ -288,17 +284,13 @@ def test_old_buffers_are_dropped_and_either_name_of_the_head_is_read_and_the_rig
             tensors |= load_file(part)
         assert tensors.keys() == weights.keys()
         assert all(torch.equal(tensors[name], weights[name]) for name in weights)
-        index = json.loads((target / "model.safetensors.index.json").read_text())
-        assert index["weight_map"].keys() == weights.keys()
+        assert json.loads((target / "model.safetensors.index.json").read_text())["weight_map"].keys() == weights.keys()
 
 
-@pytest.mark.parametrize(
-    "form", [{"rotary_pct": 0.5, "rotary_emb_base": 5000}, {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 5000}}]
-)
+@pytest.mark.parametrize("form", [OLD_FORM, {"rope_parameters": NEW_FORM}], ids=["from the old form", "from the new form"])
 def test_a_written_configuration_says_the_same_to_transformers_4_and_5(form: dict[str, Any], neox_folder: Path, tmp_path: Path) -> None:
-    source = ModelFolder.open(
-        copy_of(neox_folder, tmp_path / "source", lambda config: (config.pop("rope_parameters"), config.update(form)))
-    )
+    folder = copy_of(neox_folder, tmp_path / "source", lambda config: (config.pop("rope_parameters"), config.update(form)))
+    source = ModelFolder.open(folder)
     config = read_model_config(source.config)
     write_hf_folder(source, tmp_path / "hf", config, max_shard_bytes=10**9)
     for folder in (write_model_folder(source, tmp_path / "layered", config), tmp_path / "hf"):
@@ -308,8 +300,8 @@ def test_a_written_configuration_says_the_same_to_transformers_4_and_5(form: dic
 
 def assert_both_forms(folder: Path) -> None:
     written = json.loads((folder / "config.json").read_text())
-    assert (written["rotary_pct"], written["rotary_emb_base"]) == (0.5, 5000), "what 4.x reads"
-    assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 5000, "partial_rotary_factor": 0.5}, "what 5.x reads"
+    assert written.items() >= OLD_FORM.items(), "what 4.x reads"
+    assert written["rope_parameters"] == {"rope_type": "default", **NEW_FORM}, "what 5.x reads"
     assert AutoConfig.from_pretrained(folder).rope_parameters == written["rope_parameters"]
 
 
@@ -324,21 +316,21 @@ def runs(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     """One run per number of stages, in <stages>/; beside it, <stages>-<step>-4.pt: the live parameters' logits at every save."""
     root = tmp_path_factory.mktemp("neox-runs")
     ids, segments = torch.arange(5, 5 + SEQ_LENGTH)[None], Segments.from_positions(torch.arange(SEQ_LENGTH)[None])
-    original = saving.save_step
+    original = Saver.save
 
     @torch.no_grad()
-    def note_and_save(job: Any, **arguments: Any) -> None:
-        stage, prefix = arguments["stage"], f"{job.place.pp_size}-{arguments['step']}"
+    def note_and_save(self: Saver, step: int, *arguments: Any) -> float:
+        stage, prefix = self._stage, f"{self._job.place.pp_size}-{step}"
         before, after = root / f"{prefix}-{stage.first}.pt", root / f"{prefix}-{stage.last}.pt"
         while stage.first > 0 and not before.exists():
             time.sleep(0.01)
         x = stage(ids if stage.first == 0 else torch.load(before), segments)
         torch.save(stage.logits(x) if stage.has_head else x, after.with_suffix(".partial"))
         after.with_suffix(".partial").rename(after)
-        original(job, **arguments)
+        return original(self, step, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.loop.save_step", note_and_save)
+        patch.setattr(Saver, "save", note_and_save)
         for stages in (1, 2, 4):
             train(root / "ranks", stages=stages, checkpoint_path=root / str(stages), **flags)
     return root

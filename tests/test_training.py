@@ -91,7 +91,8 @@ def test_kill_9_in_the_middle_of_a_step_plus_restart_gives_the_undisturbed_run(
     stages: int, then_stages: int, flags: dict[str, Any], reference: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    killed = train(tmp_path, stages=stages, expect=None, before=kill_in_step(4, {stages - 1}), checkpoint_path=run, **flags)
+    waiting = {**flags, "async_checkpoint": "false"}
+    killed = train(tmp_path, stages=stages, expect=None, before=kill_in_step(4, {stages - 1}), checkpoint_path=run, **waiting)
     assert killed[-1].status == -signal.SIGKILL
     assert all(process.status != 0 for process in killed)
     assert sorted(p.name for p in run.iterdir() if p.name.isdigit()) == ["2"]
@@ -152,12 +153,12 @@ def test_every_checkpoint_loads_with_from_pretrained_and_equals_the_trainers_own
     stages: int, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each stage notes, at every save, the hidden states its live parameters give; the last stage's logits are compared with HF's."""
-    original = saving.save_step
+    original = saving.Saver.save
     ids = torch.arange(5, 29)[None]
     segments = Segments.from_positions(torch.arange(24)[None])
 
-    def note_and_save(job: Any, **arguments: Any) -> None:
-        stage, step = arguments["stage"], arguments["step"]
+    def note_and_save(saver: Any, step: int, *arguments: Any) -> float:
+        stage = saver._stage
         with torch.no_grad():
             x = ids
             if stage.first > 0:
@@ -169,9 +170,9 @@ def test_every_checkpoint_loads_with_from_pretrained_and_equals_the_trainers_own
             partial = tmp_path / f"partial_{step}_{stage.last}.pt"
             torch.save(y, partial)
             partial.rename(tmp_path / f"hidden_{step}_{stage.last}.pt")
-        original(job, **arguments)
+        return original(saver, step, *arguments)
 
-    monkeypatch.setattr("training.loop.save_step", note_and_save)
+    monkeypatch.setattr(saving.Saver, "save", note_and_save)
     train(tmp_path, stages=stages, checkpoint_path=tmp_path / "run", **flags)
     for step in (2, 4, 6):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / str(step))

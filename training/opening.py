@@ -16,7 +16,7 @@ def describe_run(config: Config, job: Job, first_step: int, plan: PipelinePlan) 
     """A few short tables for rank 0's log."""
     place = job.place
     where = f"{job.device}, {job.num_threads} compute thread(s) per rank" if job.device.type == "cpu" else str(job.device)
-    dropouts = {name: value for name, value in job.model.config.items() if name.endswith("_pdrop") and value}
+    dropouts = {name: value for name, value in job.model.config.items() if name.endswith(("_pdrop", "hidden_dropout", "attention_dropout")) and value}
     lines = [
         f"{place.world_size} ranks: {place.pp_size} stage(s) ({config.pp_mode}) x {place.dp_size} replica(s) ({config.dp_mode}), "
         f"{job.backend} over {job.interface.name} ({job.interface.address}), rank 0 on {where}",
