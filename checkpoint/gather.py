@@ -51,9 +51,6 @@ class HostFolder:
             return cls(path=path, manifest=None, defect=str(error))
         if manifest.step is None:
             raise UserError(f"{path} is a model folder, which is whole by itself. Give folders of training steps")
-        if type(manifest.step) is not int or manifest.step < 0 or type(manifest.position) not in (int, type(None)):
-            said = f"step {manifest.step!r} and position {manifest.position!r}, which must be whole numbers"
-            return cls(path=path, manifest=None, defect=f"{path / MANIFEST} is damaged: it says {said}.")
         return cls(path=path, manifest=manifest, defect="")
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.atomic_folder import PARTIAL_SUFFIX
-from checkpoint.companions import copy_companions
+from checkpoint.companions import CONFIG, copy_companions
 from checkpoint.layered_folder import INDEX, file_of_layer
 from checkpoint.manifest import MANIFEST, TRAIN_STATE, TRAINER_FILE, checkpoint_problems, step_folders, write_manifest
 from checkpoint.model_folder import ModelFolder
@@ -60,6 +60,16 @@ class StepWriter:
         """A writer: what pack_train_state made of one layer."""
         return self._write(f"{TRAIN_STATE}/{file_of_layer(key)}", [TensorSource.of(name, tensor) for name, tensor in tensors.items()])
 
+    def write_companions(self, copy_from: Sequence[Path], model: ModelFolder) -> list[FileRecord]:
+        """The keeper of rank 0's folder: configuration and tokenizer, see ``copy_companions``."""
+        with explained_disk_errors(self.partial):
+            return copy_companions(copy_from, self.partial, dtypes={model.dtype(name) for name in model.names()})
+
+    def write_config(self, config: Mapping[str, Any]) -> FileRecord:
+        """The keeper of another folder: what write_companions made of config.json, to the byte, whatever this host's model folder says."""
+        with explained_disk_errors(self.partial):
+            return write_json_file(self.partial / CONFIG, config, relative_to=self.partial)
+
     def prepare(
         self,
         records: Sequence[FileRecord],
@@ -67,15 +77,13 @@ class StepWriter:
         *,
         position: int,
         model: ModelFolder,
-        copy_from: Sequence[Path],
         trainer: Mapping[str, Any],
         visible_within_s: float = VISIBLE_WITHIN_S,
     ) -> None:
         """The keeper, after every writer of every folder has written: all of the step but the rename.
 
-        ``records``: what this folder's writers wrote; ``elsewhere``: what those of other folders did. ``model``: names, shapes and dtypes
-        of the whole model. ``copy_from``: folders for ``copy_companions``. Raises UserError if the keeper does not see what a writer has
-        written, or a file does not hold its layer.
+        ``records``: what has been written into this folder; ``elsewhere``: into others alone. ``model``: names, shapes and dtypes of the
+        whole model. Raises UserError if the keeper does not see what a writer has written.
         """
         self._check_visible(records, visible_within_s)
         with explained_disk_errors(self.partial):
@@ -87,8 +95,7 @@ class StepWriter:
             self._check_weights({record.name for record in records}, weight_map, model)
             index = {"metadata": {"total_size": model.num_bytes()}, "weight_map": dict(sorted(weight_map.items()))}
             index_record = write_json_file(self.partial / INDEX, index, relative_to=self.partial)
-            companions = copy_companions(copy_from, self.partial, dtypes={model.dtype(name) for name in model.names()})
-            here = [*records, trainer_record, index_record, *companions]
+            here = [*records, trainer_record, index_record]
             write_manifest(self.partial, here, self.step, position=position, elsewhere=elsewhere)
             fsync_directory(self.partial / TRAIN_STATE)
             fsync_directory(self.partial)

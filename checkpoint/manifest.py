@@ -64,13 +64,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder / MANIFEST} has the format {content.get('format')!r}; this version reads format {MANIFEST_FORMAT}")
     try:
         return Manifest(
-            step=content["step"],
-            position=content.get("position"),
+            step=_count(content["step"]),
+            position=_count(content.get("position")),
             here=_records(content["files"]),
             elsewhere=_records(content.get("elsewhere", {})),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged: it does not list files with size and sha256") from error
+        raise UserError(f"{folder / MANIFEST} is damaged: it does not say step, position and files with size and sha256") from error
 
 
 def verify_step(folder: Path, hashes: bool = False, *, only: Collection[str] | None = None) -> list[str]:
@@ -173,6 +173,12 @@ def _table(records: Sequence[FileRecord]) -> dict[str, dict[str, Any]]:
 
 def _records(table: Mapping[str, Any]) -> dict[str, FileRecord]:
     return {name: _record(name, entry) for name, entry in table.items()}
+
+
+def _count(value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 0):
+        raise TypeError(value)
+    return value
 
 
 def _record(name: str, entry: Any) -> FileRecord:

@@ -116,12 +116,12 @@ def finish_step(
     **trainer: object,
 ) -> Path:
     """What the keeper of a folder does after all writers: prepare and commit."""
+    model = ModelFolder.open(copy_from[0])
     writer.prepare(
-        records,
+        [*records, *writer.write_companions(copy_from, model)],
         elsewhere,
         position=writer.step if position is None else position,
-        model=ModelFolder.open(copy_from[0]),
-        copy_from=copy_from,
+        model=model,
         trainer={"step": writer.step, **trainer},
         visible_within_s=0.2,
     )

@@ -205,7 +205,7 @@ def test_every_wrong_argument_has_its_own_message_and_changes_nothing(saved, hos
 def test_a_manifest_with_a_nonsensical_step_never_decides_where_to_write(entry, hosts, tmp_path, capsys):
     for host in hosts:
         edit(host / "100" / "manifest.json", lambda content: content.update(entry))
-    assert "must be whole numbers" in refused(capsys, tmp_path / "all", hosts[0] / "100", hosts[1] / "100")
+    assert "manifest.json is damaged: it does not say step" in refused(capsys, tmp_path / "all", hosts[0] / "100", hosts[1] / "100")
 
 
 def as_model(folder, saved):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tokenizer
 from harness import Process, equal_files, free_port, launch, log_rows, losses, train, train_argv
 from transformers import AutoModelForCausalLM
 
@@ -111,8 +112,9 @@ SPLITS = {"stage by stage": ["a", "b", "a", "b"], "replica by replica": ["a", "a
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_hosts_without_a_shared_disk_keep_their_layers_and_resume_bit_for_bit(split: str, flags: dict[str, Any], tmp_path: Path) -> None:
-    own = {**flags, "batch_size": 4, "data_group_size": 2}
-    train(tmp_path, stages=2, replicas=2, checkpoint_path=tmp_path / "shared", **{**flags, "batch_size": 4})
+    make_tokenizer(tmp_path / "tokenizer")  # another than the model's, on rank 0 alone
+    own = {**flags, "batch_size": 4, "data_group_size": 2, "tokenizer_name": tmp_path / "tokenizer"}
+    train(tmp_path, stages=2, replicas=2, checkpoint_path=tmp_path / "shared", **{k: v for k, v in own.items() if k != "data_group_size"})
     roots = [tmp_path / "hosts" / name for name in SPLITS[split]]
     train_on_hosts(tmp_path, roots, stages=2, **{**own, "total_steps": 2})
     weights = {root.name: sorted(path.name for path in (root / "2").glob("*.safetensors")) for root in roots}

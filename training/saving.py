@@ -24,7 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from checkpoint.companions import CONFIG
 from checkpoint.layer_store import StepWriter, remove_old_steps
+from checkpoint.model_folder import read_json_object
 from checkpoint.tensor_file import FileRecord
 from modules.stage import Stage
 from optim.build import AdamW
@@ -174,6 +176,8 @@ class _StepSave:
             return
         try:
             wrote = self._outcomes("wrote", self.folders.writers(place))
+            if place.rank == 0:
+                self._part("companions", self._write_companions)
             self._part("ready", lambda: self._prepare(wrote))
             self._outcomes("ready", self.folders.keepers)
             self._part("there", lambda: str(self.writer.commit()))
@@ -245,12 +249,20 @@ class _StepSave:
                     raise UserError(f"replicas hold the same weights, and two wrote {record.name} differently. Resume from an older step")
                 if known is None:
                     elsewhere[record.name] = record
+        said = self._outcomes("companions", [0])[0]
+        companions = [FileRecord(**record) for record in said["records"]]
+        here |= {record.name: record for record in (companions if 0 in own else [self.writer.write_config(said["config"])])}
+        elsewhere |= {record.name: record for record in companions if record.name not in here}
         self.store.wait(["trainer"], COLLECTIVE_TIMEOUT)
         self.writer.prepare(
             list(here.values()),
             list(elsewhere.values()),
             position=self.position,
             model=self.job.model,
-            copy_from=[self.job.model.path, *self.copy_from],
             trainer=json.loads(self.store.get("trainer")),
         )
+
+    def _write_companions(self) -> dict[str, Any]:
+        """On rank 0, which alone writes the tokenizer: the records of what it copied, and what every folder's config.json must say."""
+        records = self.writer.write_companions([self.job.model.path, *self.copy_from], self.job.model)
+        return {"records": [asdict(record) for record in records], "config": read_json_object(self.writer.partial / CONFIG)}
