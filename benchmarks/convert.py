@@ -7,9 +7,10 @@ into our folder; ``hf``, our folder into a Hugging Face folder. Each is measured
 of its own: the seconds are those between the end of its imports and the last fsync, for cp those of `cp` and of an fsync of each copy. The
 ratio is that of the medians.
 
-Both read from the page cache, which a first pass of reading fills. Before each measurement the last result is deleted, the disk is
-synchronised, and a process touches as much memory as will be written and ends: on a virtual machine that gives free memory back to its
-host, a page costs several times as much the first time (8 us seen), and otherwise whoever writes first pays for it.
+Both read from the page cache, which a first pass of reading fills. Before each measurement the last result is deleted and the disk is
+synchronised. Immediately before its clock starts, a child touches as much memory as will be written and ends: a virtual machine gives
+memory that has been free for seconds back to its host, and then a page costs far more the first time (8 us seen, 2 s per GB), which would
+be charged to whoever had the longer start.
 
 Peak memory: VmHWM after the conversion less VmRSS before it, mapped pages included."""
 
@@ -79,6 +80,7 @@ def convert(case: str, source: Path, target: Path) -> dict[str, float]:
     folder = ModelFolder.open(source)
     config = read_model_config(folder.config)
     meta_stage(config, 0, 1)  # torch imports a second's worth of modules (sympy ...) when it first thinks without storage
+    touch_memory(source)
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")  # forget the peak of the imports
@@ -97,6 +99,7 @@ def copy(source: Path, target: Path) -> dict[str, float]:
     """cp of the files of weights, then fsync of each."""
     files = [file for file in sorted(source.iterdir()) if file.suffix in (".safetensors", ".bin")]
     target.mkdir(parents=True)
+    touch_memory(source)
     started = time.perf_counter()
     subprocess.run(["cp", *files, target], check=True)
     for file in files:
@@ -112,8 +115,8 @@ def memory_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def prepare(source: Path, target: Path, num_bytes: int) -> None:
-    """The same start for everybody: nothing to be written back, the source in the page cache, free memory that the host has given."""
+def prepare(source: Path, target: Path) -> None:
+    """The same start for everybody: nothing to be written back, the source in the page cache."""
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.sync()
@@ -121,18 +124,22 @@ def prepare(source: Path, target: Path, num_bytes: int) -> None:
         with open(file, "rb") as opened:
             while opened.read(16 << 20):
                 pass
+
+
+def touch_memory(source: Path) -> None:
+    """Make the host give free memory for what is about to be written."""
     child = os.fork()
     if child == 0:
-        memory = mmap.mmap(-1, int(1.5 * num_bytes))
+        memory = mmap.mmap(-1, int(1.5 * sum(file.stat().st_size for file in source.iterdir())))
         for start in range(0, len(memory), mmap.PAGESIZE):
             memory[start] = 1
         os._exit(0)
     os.waitpid(child, 0)
 
 
-def measure(case: str, what: str, source: Path, target: Path, num_bytes: int) -> dict[str, float]:
+def measure(case: str, what: str, source: Path, target: Path) -> dict[str, float]:
     """One conversion or copy, in a process of its own."""
-    prepare(source, target, num_bytes)
+    prepare(source, target)
     if what == "cp":
         return copy(source, target)
     order = json.dumps({"case": case, "source": str(source), "target": str(target)})
@@ -188,7 +195,7 @@ def main() -> None:
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0, "the source could not be made; the error stands above"
             num_bytes = sum(file.stat().st_size for file in source.iterdir() if file.suffix in (".safetensors", ".bin"))
-            run = partial(measure, case, source=source, target=target, num_bytes=num_bytes)
+            run = partial(measure, case, source=source, target=target)
             rounds = run_rounds(("ours", "cp"), run, options.rounds)
             cases[case] = summary(rounds, num_bytes)
             shutil.rmtree(Path(scratch, case))

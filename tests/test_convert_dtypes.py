@@ -1,7 +1,6 @@
 """Conversions that change values on purpose, hivemind's 8-bit format and --dtype, and --verify, which is to notice one that did so by
 accident."""
 
-import gc
 import json
 import math
 import os
@@ -142,7 +141,6 @@ def test_8_bit_weights_are_dequantised_one_at_a_time_when_they_are_written(int8_
     read = Int8File.read
 
     def watched(self, name):
-        gc.collect()
         assert not alive, f"{name} is dequantised while another one is still held"
         weight = read(self, name)
         seen.append(name)
