@@ -138,6 +138,7 @@ def test_layers_travel_to_the_ranks_that_need_them_when_cut_and_hosts_change(
     assert not (b / "2" / "layer_00.safetensors").exists()
     train_on_hosts(tmp_path, [a, b], stages=2, **{**flags, "total_steps": 3})
     processes = train_on_hosts(tmp_path, [b, a, c, a], stages=4, **flags)
+    assert "is 3 folders: of rank 0 on" in processes[0].text
     assert "starting at step 3 of 4" in processes[0].text
     assert losses(a) + losses(b) == losses(whole_run)
     assert not list(c.glob(".collected*")), "what was collected is gone"

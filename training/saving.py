@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from checkpoint.companions import CONFIG
 from checkpoint.layer_store import StepWriter, remove_old_steps
@@ -87,6 +88,7 @@ class Saver:
             trainer=None if trainer is None else self._completed(step, position, trainer),
             copy_from=copy_from,
             keep=self._options.keep,
+            stood_still_s=time.perf_counter() - started if is_async else None,
         )
         if is_async:
             self._thread = threading.Thread(target=self._run, args=[work], name="checkpoint-writer", daemon=True)
@@ -160,6 +162,7 @@ class _StepSave:
     trainer: dict[str, Any] | None
     copy_from: Sequence[Path]
     keep: int
+    stood_still_s: float | None  # of the training, before the writing; None: as long as it takes
 
     def run(self) -> None:
         """Raises StepNotSaved, alike on all keepers, if any rank could not do its part."""
@@ -191,8 +194,10 @@ class _StepSave:
         if place.rank == 0:
             size = sum(record["size"] for records in wrote.values() for record in records)
             seconds = time.perf_counter() - started
-            old = f", removed {', '.join(removed)}" if removed else ""
-            log.info("saved %s (%.3g GB in %.1f s%s)", self.writer.final, size / 1e9, seconds, old)
+            still = "meanwhile" if self.stood_still_s is None else f"for {self.stood_still_s:.2g} s"
+            old = f"; removed {', '.join(removed)}" if removed else ""
+            written = f"{tqdm.format_sizeof(size, 'B')} in {seconds:.1f} s"
+            log.info("saved %s (%s; training stood still %s%s)", self.writer.final, written, still, old)
 
     def _remove_old(self) -> list[str]:
         try:

@@ -70,6 +70,9 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
     folders = find_folders(job, root)
     if job.place.rank in folders.keepers:
         cleanup.enter_context(JobLock(root))
+    if job.place.rank == 0 and len(folders.groups) > 1:
+        hosts = [f"rank{'s' * (len(group) > 1)} {', '.join(map(str, group))} on {job.roster[group[0]]['host']}" for group in folders.groups]
+        log.info("--checkpoint-path is %d folders: of %s; each keeps the layers of its own ranks", len(hosts), "; of ".join(hosts))
     in_sight = _complete_commits(job, folders, root)
     mode = _resume_mode(job, config)
     point = _find_point(job, root, mode, config.verify_checkpoint)
@@ -127,7 +130,11 @@ def _find_point(job: Job, root: Path, mode: str, hashes: bool) -> ResumePoint | 
     if mode.isdigit():
         return find_resume_point(job, root, only=str(int(mode)), hashes=hashes)
     path = Path(mode).expanduser().absolute()
-    is_step = any(all_say(job, dist.PrefixStore("start", job.store), "is a step", (path / MANIFEST).is_file()))
+    store = dist.PrefixStore("start", job.store)
+    is_step = any(all_say(job, store, "is a step", (path / MANIFEST).is_file()))
+    names = set(all_say(job, store, "resume from", path.name))
+    if is_step and len(names) > 1:
+        raise UserError(f"--resume must name the same step on all ranks; it is {' and '.join(sorted(names))}. Give copies the same name")
     point = find_resume_point(job, path.parent, only=path.name, hashes=hashes) if is_step else None
     if not is_step:
         point = find_resume_point(job, path, only=None, hashes=hashes)
