@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Fine-tune GPT-J with pipeline and data parallelism: one process per stage and replica, all started from here.
+# Fine-tune GPT-J or GPT-NeoX with pipeline and data parallelism: one process per stage and replica, all started from here.
 #
 #   MODEL=pretrained_models/EleutherAI_gpt-j-6b TASKS=mine.jsonl OUT=model_checkpoints/mine example_scripts/finetune_gptj.sh
 #
 # Every setting is an environment variable, listed below with its default; further flags of dist_clm_train.py may follow on the
 # command line: finetune_gptj.sh --min-lr 1e-6. Run the same command again to resume from the newest checkpoint in OUT.
 # The first rank writes to this terminal, rank N to OUT/logs/rank_N.log. When one rank fails, the end of its log is shown, the others
-# are stopped, and the script returns that rank's exit code. Ctrl-C stops them all (kill -9 of this script cannot: its ranks go on).
+# are stopped, and the script returns that rank's exit code. Ctrl-C lets them save after the current step and end; a second one stops
+# them at once (kill -9 of this script cannot: its ranks go on).
 #
 # Several hosts: start it on each with the same settings; RANK0_HOST is the address of the one that runs rank 0, RANKS a host's share:
 #   host A:  RANK0_HOST=10.0.0.1 RANKS="0 1" ... finetune_gptj.sh
@@ -20,7 +21,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 fi
 
 # --- what is trained, on what, to where -------------------------------------------------------------------------------------------
-: "${MODEL:=pretrained_models/EleutherAI_gpt-j-6b}"   # folder written by convert_from_hf_gptj.py, a Hugging Face folder, or a hub name
+: "${MODEL:=pretrained_models/EleutherAI_gpt-j-6b}"   # folder written by convert_from_hf_gptj.py or _gptneox.py, a Hugging Face folder, or a hub name
 : "${TOKENIZER:=$MODEL}"           # folder or hub name of the tokenizer
 : "${TASKS:=}"                     # a.jsonl:0.7,b.jsonl.zst:0.3  files of {"text": ...} records with their shares; must be given
 : "${OUT:=model_checkpoints/gptj}" # checkpoints, train_log.jsonl and logs/ go here; one job per folder
@@ -72,7 +73,7 @@ read -r -a ranks <<<"$RANKS"
 mkdir -p "$OUT/logs" || exit 1
 
 flags=(
-    --model-name "$MODEL" --tokenizer-name "$TOKENIZER" --model-type gptj --load-pretrained-model true
+    --model-name "$MODEL" --tokenizer-name "$TOKENIZER" --load-pretrained-model true
     --task-name "$TASKS" --checkpoint-path "$OUT" --checkpoint-steps "$CHECKPOINT_STEPS"
     --dist-url "tcp://$RANK0_HOST:$PORT" --world-size "$world_size" --pipeline-group-size "$PIPELINE" --data-group-size "$REPLICAS"
     --device "$DEVICE" --dp-mode allreduce --optimizer adam
@@ -105,10 +106,16 @@ stop_all() {
     pid_of=()
 }
 
+stopped_by=0  # exit code of the first signal
 on_signal() {  # $1: exit code
-    trap '' INT TERM HUP
-    printf '\nfinetune_gptj.sh: stopping all ranks\n' >&2
-    exit "$1"
+    if ((stopped_by > 0)); then
+        trap '' INT TERM HUP
+        printf '\nfinetune_gptj.sh: stopping all ranks at once\n' >&2
+        exit "$1"
+    fi
+    stopped_by=$1
+    printf '\nfinetune_gptj.sh: all ranks save after this step and end; once more to stop them at once\n' >&2
+    for rank in "${!pid_of[@]}"; do kill -TERM "${pid_of[$rank]}" 2>/dev/null; done
 }
 trap 'on_signal 130' INT
 trap 'on_signal 143' TERM
@@ -135,6 +142,7 @@ while ((${#pid_of[@]} > 0)); do
         wait "${pid_of[$rank]}" 2>/dev/null
         code=$?
         ((code == 0)) && { unset "pid_of[$rank]"; continue; }
+        ((stopped_by > 0)) && exit "$stopped_by"  # it was told to stop before it had anything to save
         ((code > worst)) && worst=$code
         echo "finetune_gptj.sh: rank $rank failed with exit code $code; stopping the others" >&2
         if [[ $rank != "${ranks[0]}" ]]; then
@@ -145,3 +153,4 @@ while ((${#pid_of[@]} > 0)); do
     ((worst > 0)) && exit "$worst"
     sleep 0.2
 done
+exit "$stopped_by"

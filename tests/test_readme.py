@@ -80,7 +80,8 @@ def test_every_flag_setting_and_file_that_the_readme_names_exists() -> None:
     text = (REPOSITORY / "README.md").read_text()
     flags = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", text)) - {"--help", "--nproc-per-node"}
     help_texts = (REPOSITORY / "docs" / "flags.md").read_text() + "--config"
-    help_texts += "".join(path.read_text() for path in (REPOSITORY / "converters").glob("*.py"))
+    tools = [*(REPOSITORY / "converters").glob("*.py"), *(REPOSITORY / "checkpoint" / name for name in ("gather.py", "inspect.py"))]
+    help_texts += "".join(path.read_text() for path in tools)
     assert not [flag for flag in flags if flag not in help_texts]
     for link in re.findall(r"\]\(([\w/.-]+)\)", text):
         assert (REPOSITORY / link).exists(), link

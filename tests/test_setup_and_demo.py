@@ -346,10 +346,19 @@ def test_settings_exported_for_other_programs_do_not_reach_the_demos_training() 
 
 # Stands in for dist_clm_train.py: notes its process ids and flags, then fails, ends or waits as its plan says.
 FAKE_TRAINER = """
-import json, os, pathlib, subprocess, sys, time
+import json, os, pathlib, signal, subprocess, sys, time
 rank = sys.argv[sys.argv.index("--rank") + 1]
 worker = subprocess.Popen(["sleep", "60"])
 folder = pathlib.Path(os.environ["NOTES"])
+
+def save_and_end(*_):
+    (folder / f"{rank}.saved").touch()
+    if os.environ.get("SAVING") != "takes long":
+        worker.kill()
+        os._exit(0)
+
+if os.environ.get("SAVING"):
+    signal.signal(signal.SIGTERM, save_and_end)
 (folder / f"{rank}.new").write_text(json.dumps({"pids": [os.getpid(), worker.pid], "flags": sys.argv[1:]}))
 (folder / f"{rank}.new").rename(folder / f"{rank}.json")
 while len(list(folder.glob("*.json"))) < 4:
@@ -408,14 +417,21 @@ def test_when_one_rank_fails_the_launcher_stops_all_others_shows_why_and_fails_a
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_launcher_that_is_told_to_stop_takes_all_its_ranks_along(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    launcher = launch(tmp_path, FAILING="none")
+@pytest.mark.parametrize("saving", ["", "at once", "takes long"], ids=["before training", "saves", "told twice"])
+def test_a_launcher_that_is_told_to_stop_takes_all_its_ranks_along(saving: str, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    launcher = launch(tmp_path, FAILING="none", SAVING=saving)
     deadline = time.monotonic() + 20
     while len(notes(tmp_path, "pids")) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     launcher.send_signal(number)
+    if saving == "takes long":
+        while len(list((tmp_path / "notes").glob("*.saved"))) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert launcher.poll() is None, "it waits for ranks that save"
+        launcher.send_signal(number)
     launcher.communicate(timeout=30)
     assert launcher.returncode == code
+    assert len(list((tmp_path / "notes").glob("*.saved"))) == (4 if saving else 0)
     assert_nothing_is_left(tmp_path)
 
 
