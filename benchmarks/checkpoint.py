@@ -4,7 +4,8 @@ torch.distributed.checkpoint on the same tensors and the same disk.
     python benchmarks/checkpoint.py --rounds 3 > checkpoint.json          (about 6 minutes; --quick: a smoke run of seconds)
 
 One rank of the trainer's own Saver, with weights and AdamW states of a GPT-J (--width, --layers, --vocab), in a process of its own per
-contestant and round, in an order that turns. Every save ends with fsync; what was saved is removed before the next. Contestants:
+contestant and round, in an order that turns. Every save ends with fsync; what was saved is removed before the next. Before each the
+machine's free memory is touched: a hypervisor that has taken it back would make whoever needs it first wait for seconds. Contestants:
 
     ours async           training stands still for a copy, which a thread writes; the first copy also makes its room in memory
     ours sync            training stands still until the step is renamed; then cp -r of that folder and fsync of each file
@@ -31,11 +32,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
 from bench import Sizes, answer_and_end, machine, peak_rss_mib, run_in_own_process, run_rounds, spread
 
 CONTESTANTS = ("ours async", "ours sync", "dcp.save", "dcp.save, a thread per core", "dcp.async_save", "dcp.async_save, room kept")
 FULL = Sizes(width=1600, layers=12, vocab=8192)
 QUICK = Sizes(width=256, layers=4, vocab=1024)
+TOUCHED_SHARE = 0.8  # of the memory that is free
 COPIES_IN_MEMORY = 3  # the state, its copy, and the file on its way to the disk
 GOAL_STALL = 0.2  # of a synchronous save
 
@@ -52,7 +55,8 @@ def run_contestant(name: str, sizes: Sizes, disk: Path, num_saves: int) -> dict[
     with tempfile.TemporaryDirectory(dir=disk) as folder:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
         before = peak_rss_mib()
-        seconds = saves(name, SimpleNamespace(sizes=sizes, stage=stage, optimizer=optimizer, tensors=tensors), Path(folder), num_saves)
+        state = SimpleNamespace(sizes=sizes, stage=stage, optimizer=optimizer, tensors=tensors, num_bytes=num_bytes)
+        seconds = saves(name, state, Path(folder), num_saves)
         return {"gb": num_bytes / 1e9, "peak_rss_over_base_mib": peak_rss_mib() - before, "base_rss_mib": before, **seconds}
 
 
@@ -92,7 +96,7 @@ def our_saves(name: str, state: SimpleNamespace, folder: Path, num_saves: int) -
     """The trainer's Saver with a job of one rank."""
     from checkpoint.manifest import verify_step
     from training.folders import Folders
-    from training.saving import Saver, SaveOptions
+    from training.saving import SaveOptions, Saver
 
     is_async = name == "ours async"
     seconds: dict[str, list[float]] = {"stall": [], "until_written": []} if is_async else {"save": [], "cp": []}
@@ -101,7 +105,7 @@ def our_saves(name: str, state: SimpleNamespace, folder: Path, num_saves: int) -
     root.mkdir()
     saver = Saver(job_of_one(folder, state.sizes), Folders(groups=((0,),)), root, state.stage, state.optimizer, options)
     for step in range(num_saves):
-        os.sync()
+        settle(state.num_bytes)
         started = time.perf_counter()
         stall = saver.save(step, step, {}, [])
         saver.finish()
@@ -112,7 +116,7 @@ def our_saves(name: str, state: SimpleNamespace, folder: Path, num_saves: int) -
             seconds["save"].append(stall)
         assert verify_step(root / str(step)) == []
         if not is_async:
-            os.sync()
+            settle(state.num_bytes)
             seconds["cp"].append(seconds_of(lambda step=step: copy_and_flush(root / str(step), folder / "copy")))
             shutil.rmtree(folder / "copy")
         shutil.rmtree(root / str(step))
@@ -155,7 +159,7 @@ def dcp_saves(name: str, state: SimpleNamespace, folder: Path, num_saves: int) -
     seconds = []
     with process_group_of_one():
         for step in range(num_saves):
-            os.sync()
+            settle(state.num_bytes)
             writer = dcp.FileSystemWriter(folder / str(step), thread_count=threads)
             seconds.append(seconds_of(lambda writer=writer: dcp.save(state.tensors, storage_writer=writer)))
             shutil.rmtree(folder / str(step))
@@ -171,7 +175,7 @@ def dcp_async_saves(name: str, state: SimpleNamespace, folder: Path, num_saves: 
     seconds: dict[str, list[float]] = {"stall": [], "until_written": []}
     with process_group_of_one():
         for step in range(num_saves):
-            os.sync()
+            settle(state.num_bytes)
             started = time.perf_counter()
             writer = dcp.FileSystemWriter(folder / str(step))
             future = dcp.async_save(state.tensors, storage_writer=writer, async_stager=stager)
@@ -190,6 +194,16 @@ def process_group_of_one():  # type: ignore[no-untyped-def]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def settle(num_bytes: int) -> None:
+    """Nothing left over to be written, and memory for a copy and for a file's pages that the machine really has."""
+    os.sync()
+    size = min(2 * num_bytes, int(TOUCHED_SHARE * psutil.virtual_memory().available))
+    touch = (
+        f"import mmap; m = mmap.mmap(-1, {size}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\nfor i in range(0, {size}, 4096): m[i] = 1"
+    )
+    subprocess.run([sys.executable, "-S", "-c", touch], check=True)  # elsewhere, so that it does not count as this one's memory
 
 
 def seconds_of(work: Callable[[], object]) -> float:

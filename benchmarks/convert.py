@@ -7,16 +7,14 @@ into our folder; ``hf``, our folder into a Hugging Face folder. Each is measured
 of its own: the seconds are those between the end of its imports and the last fsync, for cp those of `cp` and of an fsync of each copy. The
 ratio is that of the medians.
 
-Both read from the page cache, which a first pass of reading fills. Before each measurement the last result is deleted and the disk is
-synchronised. Immediately before its clock starts, a child touches as much memory as will be written and ends: a virtual machine gives
-memory that has been free for seconds back to its host, and then a page costs far more the first time (8 us seen, 2 s per GB), which would
-be charged to whoever had the longer start.
+Both read from the page cache. Each is done twice at once, and only the second time counts, after the first result was deleted and the disk
+synchronised: it finds the source cached and writes into memory that was just freed. A virtual machine gives memory that has been free
+for seconds back to its host, and then a page costs far more the first time (8 us seen, 2 s per GB), whoever comes upon it.
 
 Peak memory: VmHWM after the conversion less VmRSS before it, mapped pages included."""
 
 import argparse
 import json
-import mmap
 import os
 import shutil
 import statistics
@@ -75,22 +73,24 @@ def convert(case: str, source: Path, target: Path) -> dict[str, float]:
     from checkpoint.layered_folder import write_model_folder
     from checkpoint.model_folder import ModelFolder
     from modules.families import read_model_config
-    from modules.stage import meta_stage
 
-    folder = ModelFolder.open(source)
-    config = read_model_config(folder.config)
-    meta_stage(config, 0, 1)  # torch imports a second's worth of modules (sympy ...) when it first thinks without storage
-    touch_memory(source)
+    def run() -> None:
+        folder = ModelFolder.open(source)
+        config = read_model_config(folder.config)
+        if case == "hf":
+            write_hf_folder(folder, target, config, max_shard_bytes=5 * 10**9)
+        else:
+            write_model_folder(folder, target, config)
+
+    run()  # also has torch import what it needs for shapes without storage (sympy ...), which takes a second
+    delete(target)
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        clear.write_text("5")  # forget the peak of the imports
+        clear.write_text("5")  # forget the peak of the past
     base, started = memory_bytes("VmRSS"), time.perf_counter()
-    folder = ModelFolder.open(source)
-    if case == "hf":
-        write_hf_folder(folder, target, config, max_shard_bytes=5 * 10**9)
-    else:
-        write_model_folder(folder, target, config)
+    run()
     seconds = time.perf_counter() - started
+    folder = ModelFolder.open(source)
     largest = max(folder.weights[name].spec.num_bytes for name in folder.names())
     return {"seconds": seconds, "peak_bytes": memory_bytes("VmHWM") - base, "largest_tensor_bytes": largest}
 
@@ -98,15 +98,26 @@ def convert(case: str, source: Path, target: Path) -> dict[str, float]:
 def copy(source: Path, target: Path) -> dict[str, float]:
     """cp of the files of weights, then fsync of each."""
     files = [file for file in sorted(source.iterdir()) if file.suffix in (".safetensors", ".bin")]
-    target.mkdir(parents=True)
-    touch_memory(source)
+
+    def run() -> None:
+        target.mkdir(parents=True)
+        subprocess.run(["cp", *files, target], check=True)
+        for file in files:
+            descriptor = os.open(target / file.name, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    run()
+    delete(target)
     started = time.perf_counter()
-    subprocess.run(["cp", *files, target], check=True)
-    for file in files:
-        descriptor = os.open(target / file.name, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    run()
     return {"seconds": time.perf_counter() - started}
+
+
+def delete(target: Path) -> None:
+    """Remove what was written, with nothing left to be written back."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.sync()
 
 
 def memory_bytes(field: str) -> int:
@@ -115,31 +126,9 @@ def memory_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def prepare(source: Path, target: Path) -> None:
-    """The same start for everybody: nothing to be written back, the source in the page cache."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.sync()
-    for file in source.iterdir():
-        with open(file, "rb") as opened:
-            while opened.read(16 << 20):
-                pass
-
-
-def touch_memory(source: Path) -> None:
-    """Make the host give free memory for what is about to be written."""
-    child = os.fork()
-    if child == 0:
-        memory = mmap.mmap(-1, int(1.5 * sum(file.stat().st_size for file in source.iterdir())))
-        for start in range(0, len(memory), mmap.PAGESIZE):
-            memory[start] = 1
-        os._exit(0)
-    os.waitpid(child, 0)
-
-
 def measure(case: str, what: str, source: Path, target: Path) -> dict[str, float]:
     """One conversion or copy, in a process of its own."""
-    prepare(source, target)
+    delete(target)
     if what == "cp":
         return copy(source, target)
     order = json.dumps({"case": case, "source": str(source), "target": str(target)})

@@ -50,6 +50,8 @@ MAX_UNHASHED_CHUNKS = 2  # written and not yet hashed: what the memory of a file
 _WORTH_A_THREAD_BYTES = 256 << 10  # 0.15 ms of sha256
 _CHECKED_AT_ONCE = 1 << 18  # values
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_MADV_POPULATE_READ = 22  # asm-generic/mman-common.h; since Linux 5.14, an error without effect elsewhere
+_LIBC = ctypes.CDLL(None)
 # What a disk or its owner can do to a write, and the person at the keyboard can cure.
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -168,6 +170,7 @@ def _write_tensor(writer: "_HashingWriter", source: TensorSource, progress: Call
     # As many as the writer may be using at a time, and one more.
     buffers = [own_memory(parts[0].shape, source.dtype) for _ in parts[: MAX_UNHASHED_CHUNKS + 1] if is_converted]
     for k, part in enumerate(parts):
+        _map_pages(part)
         if is_converted:
             data = converted(part, source, buffers[k % len(buffers)][: len(part)])
             release(part)
@@ -205,6 +208,13 @@ def _bytes_of(part: Tensor) -> memoryview:
     """The memory of a contiguous vector; of a copy of it where that is not the CPU's."""
     data: memoryview = part.cpu().view(torch.uint8).numpy().data
     return data
+
+
+def _map_pages(part: Tensor) -> None:
+    """Have the system map the pages under ``part`` in one go: two threads that come upon each of them take twice as long to write."""
+    if sys.platform == "linux" and part.device.type == "cpu" and part.nbytes >= _WORTH_A_THREAD_BYTES:
+        start = part.data_ptr() - part.data_ptr() % mmap.PAGESIZE
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(part.data_ptr() + part.nbytes - start), _MADV_POPULATE_READ)
 
 
 class _HashingWriter:
@@ -287,15 +297,5 @@ class _BackgroundSha256:
 
 def _begin_writeback(descriptor: int, start: int, length: int) -> None:
     """Let the disk begin with what was just written, or fsync finds all of it left over. Where that cannot be said, fsync does."""
-    if _SYNC_FILE_RANGE is not None:
-        _SYNC_FILE_RANGE(descriptor, start, length, _SYNC_FILE_RANGE_WRITE)
-
-
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    function: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return function
-
-
-_SYNC_FILE_RANGE = _sync_file_range()  # None outside of Linux
+    if hasattr(_LIBC, "sync_file_range"):  # Linux
+        _LIBC.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(length), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))

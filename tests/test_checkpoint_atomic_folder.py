@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -33,6 +32,11 @@ def no_fsync(monkeypatch):
 @pytest.fixture
 def model(tmp_path):
     return save_hf(hf_model(2), tmp_path / "model")
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    return save_hf(hf_model(1), tmp_path / "small")
 
 
 @pytest.fixture
@@ -211,23 +215,25 @@ def test_the_plan_changes_with_everything_that_the_bytes_depend_on(model, tmp_pa
 
 
 @pytest.mark.usefixtures("no_fsync")
-@pytest.mark.parametrize("convert", [convert_to_layers, convert_to_hf])
-@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["kept", "fp16"])
+@pytest.mark.parametrize(
+    ("convert", "dtype"),
+    [(convert_to_layers, None), (convert_to_layers, torch.float16), (convert_to_hf, None)],
+    ids=["layers", "layers in fp16", "hf"],
+)
 def test_kill_9_at_every_point_and_the_same_command_again_give_the_bytes_of_an_undisturbed_conversion(
-    convert, dtype, model, tmp_path, target, monkeypatch
+    convert, dtype, small_model, tmp_path, target, monkeypatch
 ):
-    logging.getLogger("checkpoint").setLevel(logging.ERROR)
-    convert(model, tmp_path / "undisturbed" / "folder", dtype=dtype)
+    convert(small_model, tmp_path / "undisturbed" / "folder", dtype=dtype)
     expected = files(tmp_path / "undisturbed")
     num_written, resumed = [], 0
     for module in (checkpoint.layered_folder, checkpoint.hf_folder):
         monkeypatch.setattr(module, "write_tensor_file", lambda *a, **k: (num_written.append(1), write_tensor_file(*a, **k))[1])
     num_files = 0
     for k in range(1000):
-        died = killed_at(k, lambda: convert(model, target, dtype=dtype))
+        died = killed_at(k, lambda: convert(small_model, target, dtype=dtype))
         num_written.clear()
         if not target.exists():
-            convert(model, target, dtype=dtype)
+            convert(small_model, target, dtype=dtype)
         num_files = max(num_files, len(num_written))
         resumed += 0 < len(num_written) < num_files
         assert files(target.parent) == expected, f"after death at point {k}"
@@ -236,20 +242,20 @@ def test_kill_9_at_every_point_and_the_same_command_again_give_the_bytes_of_an_u
             break
     assert not died
     assert k > 40, "a conversion has more points than this: are they still seen?"
-    assert resumed > 10, "hardly any run continued what the one before had written"
+    assert resumed > 8, "hardly any run continued what the one before had written"
 
 
 @pytest.mark.usefixtures("no_fsync")
-def test_kill_9_twice_still_gives_the_same_bytes(model, tmp_path, target):
-    convert_to_layers(model, tmp_path / "undisturbed" / "folder")
+def test_kill_9_twice_still_gives_the_same_bytes(small_model, tmp_path, target):
+    convert_to_layers(small_model, tmp_path / "undisturbed" / "folder")
     expected = files(tmp_path / "undisturbed")
-    for first in range(12, 60, 9):
-        for second in range(0, 40, 3):
-            killed_at(first, lambda: convert_to_layers(model, target))
+    for first in range(12, 50, 12):
+        for second in range(0, 40, 6):
+            killed_at(first, lambda: convert_to_layers(small_model, target))
             if not target.exists():
-                killed_at(second, lambda: convert_to_layers(model, target))
+                killed_at(second, lambda: convert_to_layers(small_model, target))
             if not target.exists():
-                convert_to_layers(model, target)
+                convert_to_layers(small_model, target)
             assert files(target.parent) == expected, f"after deaths at {first} and {second}"
             shutil.rmtree(target.parent)
 

@@ -6,6 +6,7 @@ Mapped pages count as memory here (VmHWM), though the system could take them bac
 import logging
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -168,19 +169,19 @@ def test_who_releases_what_he_has_read_needs_no_more_than_his_step(name, tmp_pat
         torch.save({"x": tensor}, tmp_path / name)
     else:
         save_file({"x": tensor}, tmp_path / name)
-    expected, step = float(tensor.double().sum()), 1_000_000
+    expected, step = zlib.crc32(tensor.numpy().data), 1_000_000
     del tensor
 
     def walk():
         file = open_weight_file(tmp_path / name)
         for _ in range(2):  # released pages come back as they were
-            seen = 0.0
+            seen = 0
             for part in file.read("x").split(step):
-                seen += float(part.double().sum())
+                seen = zlib.crc32(part.numpy().data, seen)
                 file.release(part)
             assert seen == expected
 
-    assert peak_growth(walk) < 12 * step + ALLOWANCE_BYTES
+    assert peak_growth(walk) < 4 * step + 2 * ALLOWANCE_BYTES  # of 80 MB; twice, because torch.load touches much of its own code
 
 
 def test_memory_that_is_no_files_is_never_given_back(tmp_path):

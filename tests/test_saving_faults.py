@@ -165,6 +165,8 @@ def complete_step(folders: Sequence[Path]) -> str:
     step = str(CUT_OFF) if any((folder / str(CUT_OFF)).is_dir() for folder in folders) else str(CUT_OFF - 1)
     whole: set[str] = set()
     for folder in folders:
+        for older in steps_in(folder):
+            right_files(folder / older)
         there = folder / step if (folder / step).is_dir() else folder / f".{step}.partial"  # ready: the rename alone is missing
         whole |= right_files(there)
         missing = set(read_manifest(there).everywhere) - whole

@@ -187,6 +187,8 @@ class _StepSave:
             self._outcomes("there", self.folders.keepers)
         except StepNotSaved as error:
             self.writer.abandon()
+            self.store.set(f"abandoned/{place.rank}", "1")  # the last save's failure ends the job, and nobody's before he has tidied up
+            self.store.wait([f"abandoned/{rank}" for rank in self.folders.keepers], COLLECTIVE_TIMEOUT)
             if place.rank == 0:
                 log.error("error: the checkpoint of step %d was not written, those before it stay. %s", step, error)
             raise
