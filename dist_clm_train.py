@@ -21,6 +21,7 @@ try:
     from training.loop import train
     from training.parsing import parse_config, parse_meeting_point
     from training.report import set_up_logging
+    from training.stopping import StopRequest
     from user_error import UserError
 except ModuleNotFoundError as missing:
     raise SystemExit(
@@ -47,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         assert config.rank is not None and config.data_group_size is not None, "parse_config filled these in"
         set_up_logging(f"rank{config.rank}")
-        with meet(config) as job:
+        with StopRequest() as stop_request, meet(config) as job:
             set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
-            train(job, config)
+            train(job, config, stop_request)
     except UserError as error:
         if not error.was_shown:
             print(f"error: {error}", file=sys.stderr)

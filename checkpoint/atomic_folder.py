@@ -1,7 +1,8 @@
 """A folder that appears as a whole or not at all: written under a hidden name beside its target, flushed, then renamed.
 
-    <parent>/.<name>.partial/   the files so far, .lock and, in a folder that can be continued, .journal
-    <parent>/<name>/            the same folder after one rename, without the last two
+    <parent>/.<name>.partial.lock   who is writing; beside the folder, so that it is held across the rename; goes when the next one goes
+    <parent>/.<name>.partial/       the files so far and, in a folder that can be continued, .journal
+    <parent>/<name>/                the same folder after one rename, without the journal
 
 The journal says which files are done: first the digest of the plan, then a line per file, each written after the file is on the disk.
 After a kill, a power cut or Ctrl-C the same plan is continued with the files that the journal vouches for; another plan starts over.
@@ -18,7 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint.job_lock import JobLock
+from checkpoint.job_lock import LOCK_NAME, JobLock
 from checkpoint.model_folder import ModelFolder
 from checkpoint.tensor_file import FileRecord, explained_disk_errors, fsync_directory
 from user_error import UserError
@@ -37,6 +38,12 @@ def check_target(target: Path) -> None:
         raise UserError(f"the target folder must be missing or empty, and {target} is not. Nothing was overwritten; give another one.")
 
 
+def readable_bytes(count: int) -> str:
+    """'12.3 MB': three digits in the largest unit that fits."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+    return next(f"{count / unit:.3g} {name}" for unit, name in units if count >= unit or unit == 1)
+
+
 @contextmanager
 def atomic_folder(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
     """Yield the folder to write into; when the body ends well it becomes ``target``, else it is removed and ``target`` is as it was.
@@ -44,12 +51,11 @@ def atomic_folder(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
     ``num_bytes``: what will be written, to refuse a disk that is too small before anything is. A rest of a killed run is cleared away;
     the rest of a live one is locked. Files in it must have been flushed by the body (tensor_file does).
     """
-    with _locked_partial(target) as (partial, lock):
+    with _locked_partial(target) as partial:
         try:
-            _clear(partial, keep={lock.path})
+            _clear(partial, keep=())
             _check_space(target, num_bytes)
             yield partial
-            lock.path.unlink()
             _publish(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -63,34 +69,34 @@ def resumable_folder(target: Path, *, plan: str, num_bytes: int = 0) -> Iterator
     ``plan``: a text that changes with everything that the files' bytes depend on (``plan_digest``). An error, ours or the disk's, removes
     the folder; only a kill, a power cut or Ctrl-C leaves it for the next run.
     """
-    with _locked_partial(target) as (partial, lock):
+    with _locked_partial(target) as partial:
         try:
-            folder = ResumableFolder(partial, plan, keep={lock.path})
+            folder = ResumableFolder(partial, plan)
             _check_space(target, num_bytes - folder.bytes_kept)
             if folder.num_kept:
                 log.warning("continuing in %s: %d files (%.3f GB) were already written", partial, folder.num_kept, folder.bytes_kept / 1e9)
             yield folder
-            lock.path.unlink()
             folder.forget()
             _publish(partial, target)
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         except KeyboardInterrupt:
-            log.warning("%s stays: the same command continues there; remove it to start over", partial)
+            if partial.exists():
+                log.warning("%s stays: the same command continues there; remove it to start over", partial)
             raise
 
 
 class ResumableFolder:
     """The folder that is being written, and what of it was there before. ``path``: where to write."""
 
-    def __init__(self, path: Path, plan: str, *, keep: Iterable[Path]) -> None:
-        """Open the journal in ``path`` for this ``plan``; what it does not vouch for is removed, except for ``keep``."""
+    def __init__(self, path: Path, plan: str) -> None:
+        """Open the journal in ``path`` for this ``plan``; what it does not vouch for is removed."""
         self.path, self._journal = path, path / JOURNAL_NAME
         self._header = {"format": JOURNAL_FORMAT, "plan": plan}
         records = self._read_journal()
         self._kept = {name: record for name, record in records.items() if _has_size(path / name, record.size)}
-        _clear(path, keep={*keep, self._journal, *(path / name for name in self._kept)})
+        _clear(path, keep={self._journal, *(path / name for name in self._kept)})
         # Written anew, because what is lost of the listed files must not be listed any more when it is written the next time.
         lines = [self._header, *(asdict(record) for record in self._kept.values())]
         successor = self._journal.with_suffix(".new")
@@ -155,12 +161,35 @@ def plan_digest(source: ModelFolder, *options: object) -> str:
 
 
 @contextmanager
-def _locked_partial(target: Path) -> Iterator[tuple[Path, JobLock]]:
+def _locked_partial(target: Path) -> Iterator[Path]:
+    """The folder beside ``target``, made, ours and locked until the body has renamed it, removed it or left it to the next run."""
     check_target(target)
     target = target.resolve()  # a link to an empty folder is followed, so that the rename stays on one disk
     partial = target.parent / f".{target.name}{PARTIAL_SUFFIX}"
-    with explained_disk_errors(target), JobLock(partial) as lock:
-        yield partial, lock
+    lock_path = partial.with_name(partial.name + LOCK_NAME)
+    with explained_disk_errors(target):
+        _check_is_ours(partial, lock_path)
+        with JobLock(partial, path=lock_path) as lock:
+            try:
+                check_target(target)  # somebody else may have written it since
+                partial.mkdir(exist_ok=True)
+                yield partial
+            finally:
+                if not partial.exists():
+                    lock.remove()
+
+
+def _check_is_ours(partial: Path, lock_path: Path) -> None:
+    """Raise UserError if something that no run of ours has left is where the partial folder must be: it would be emptied, or followed.
+
+    Before the lock is made, so that a lock beside a folder always means that the folder is ours.
+    """
+    is_folder = partial.is_dir() and not partial.is_symlink()
+    if os.path.lexists(partial) and not is_folder:
+        raise UserError(f"{partial} is in the way and not ours: it is no folder. Move it, or give another target.")
+    if is_folder and any(partial.iterdir()) and not (partial / JOURNAL_NAME).is_file() and not lock_path.exists():
+        if partial.exists():  # else its owner has just finished
+            raise UserError(f"{partial} is in the way and not ours: no conversion has left it. Move it, or give another target.")
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -205,5 +234,5 @@ def _line(content: object) -> bytes:
 def _check_space(target: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(target.resolve().parent).free
     if num_bytes > free:
-        sizes = f"{num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free"
+        sizes = f"{readable_bytes(num_bytes)} and its disk has {readable_bytes(free)} free"
         raise UserError(f"{target} needs {sizes}. Free some space or give a folder on another disk.")

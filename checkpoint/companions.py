@@ -6,13 +6,14 @@ byte for byte.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from checkpoint.model_folder import read_json_object
-from checkpoint.tensor_file import FileRecord, copy_file, write_json_file
+from checkpoint.tensor_file import FileRecord, write_file
 from modules.gptneox import GPTNeoXConfig, both_rotary_forms
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -28,22 +29,30 @@ TOKENIZER_FILES = (
 )
 
 
-def copy_companions(folders: Sequence[Path], target: Path, *, dtypes: Iterable[torch.dtype]) -> list[FileRecord]:
-    """Copy into ``target``: both configurations from the first folder, the tokenizer from the last one that has any (never mixed from two).
+def read_companions(folders: Sequence[Path], *, dtypes: Iterable[torch.dtype]) -> dict[str, bytes]:
+    """File name -> content: both configurations from the first folder, the tokenizer from the last that has any (never mixed from two).
 
-    ``dtypes``: those of the weights in ``target``; where they are mixed, config.json names the one that holds all without loss.
+    ``dtypes``: those of the weights they will lie beside; where they are mixed, config.json names the one that holds all without loss.
     """
     dtype = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
     config = {**read_json_object(folders[0] / CONFIG), "dtype": dtype, "torch_dtype": dtype}
     if config.get("model_type") == GPTNeoXConfig.hf_model_type:
         config = both_rotary_forms(config)
-    records = [write_json_file(target / CONFIG, config, relative_to=target)]
+    contents = {CONFIG: (json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
     if (folders[0] / GENERATION_CONFIG).is_file():
-        records.append(copy_file(folders[0] / GENERATION_CONFIG, target / GENERATION_CONFIG, relative_to=target))
+        contents[GENERATION_CONFIG] = (folders[0] / GENERATION_CONFIG).read_bytes()
     tokenizers = [files for folder in folders if (files := tokenizer_files(folder))]
-    for file in tokenizers[-1] if tokenizers else []:
-        records.append(copy_file(file, target / file.name, relative_to=target))
-    return records
+    return contents | {file.name: file.read_bytes() for file in (tokenizers[-1] if tokenizers else [])}
+
+
+def write_companions(contents: Mapping[str, bytes], target: Path) -> list[FileRecord]:
+    """Write what read_companions gave into the folder ``target``."""
+    return [write_file(target / name, content, relative_to=target) for name, content in contents.items()]
+
+
+def copy_companions(folders: Sequence[Path], target: Path, *, dtypes: Iterable[torch.dtype]) -> list[FileRecord]:
+    """read_companions, written into ``target``."""
+    return write_companions(read_companions(folders, dtypes=dtypes), target)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

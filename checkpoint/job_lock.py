@@ -25,8 +25,9 @@ LOCK_NAME = ".lock"
 class JobLock:
     """``with JobLock(folder):`` or acquire() .. release(). The lock is this process's: forked children drop their copy of it at birth."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK_NAME
+    def __init__(self, folder: Path, *, path: Path | None = None) -> None:
+        """``path``: the lock's file where it cannot lie in ``folder``, because that one will be renamed; default: .lock in it."""
+        self.folder, self.path = folder, path or folder / LOCK_NAME
         self.token = secrets.token_hex(16)
         self._descriptor: int | None = None
 
@@ -35,33 +36,44 @@ class JobLock:
         assert self._descriptor is None, "this lock is held already"
         with explained_disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                seen = f"one job at a time may write into a folder, and {self.path.parent} is held by {_owner(self.path)}"
-                raise UserError(f"{seen}. Wait for it, stop it, or give another folder.") from error
-            seen = f"{self.path.parent} lies on a filesystem without locks ({error.strerror})"
-            raise UserError(f"{seen}. Mount it with flock, or give another folder.") from error
+            descriptor = self._locked_descriptor()
+            while not _is_open_as(descriptor, self.path):  # its owner removed the file between our open and our lock (remove)
+                os.close(descriptor)
+                descriptor = self._locked_descriptor()
         self._descriptor = descriptor
         self._write_owner(descriptor)
         os.register_at_fork(after_in_child=self._close)
         return self
 
     def release(self) -> None:
-        """Free the lock; the file stays (removing it would let two newcomers lock two files of one name), with the last owner's
-        name in it: its room on a disk that has filled up meanwhile is what lets the next owner write his."""
+        """Free the lock; the file stays, unless ``remove`` was called, with the last owner's name in it: its room on a disk that has filled up meanwhile is what lets the next owner write his."""
         if self._descriptor is not None:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             self._close()
+
+    def remove(self) -> None:
+        """Unlink the file while the lock is held: whoever is waiting with the old file sees that it is gone, and takes a new one."""
+        assert self._descriptor is not None, "only its owner removes a lock"
+        self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> "JobLock":
         return self.acquire() if self._descriptor is None else self
 
     def __exit__(self, *exc_info: object) -> None:
         self.release()
+
+    def _locked_descriptor(self) -> int:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                seen = f"one job at a time may write into a folder, and {self.folder} is held by {_owner(self.path)}"
+                raise UserError(f"{seen}. Wait for it, stop it, or give another folder.") from error
+            seen = f"{self.folder} lies on a filesystem without locks ({error.strerror})"
+            raise UserError(f"{seen}. Mount it with flock, or give another folder.") from error
+        return descriptor
 
     def _write_owner(self, descriptor: int) -> None:
         started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -83,6 +95,13 @@ def read_lock_token(folder: Path) -> str | None:
     """The token of the job that holds ``folder``'s lock; None if this host sees no such lock file, or one without an owner."""
     token = _content(folder / LOCK_NAME).get("token")
     return token if isinstance(token, str) else None
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _content(path: Path) -> dict[str, Any]:

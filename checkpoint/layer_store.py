@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from checkpoint.atomic_folder import PARTIAL_SUFFIX
-from checkpoint.companions import CONFIG, copy_companions
+from checkpoint.companions import write_companions
 from checkpoint.layered_folder import INDEX, file_of_layer
-from checkpoint.manifest import MANIFEST, TRAIN_STATE, TRAINER_FILE, checkpoint_problems, step_folders, write_manifest
+from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, file_problem, position_of, read_manifest, step_folders, write_manifest
 from checkpoint.model_folder import ModelFolder
 from checkpoint.tensor_file import FileRecord, TensorSource, explained_disk_errors, fsync_directory, write_json_file, write_tensor_file
 from checkpoint.train_state import TRAINER_FORMAT
@@ -33,6 +33,7 @@ from checkpoint.weight_file import open_weight_file
 from modules.stage import layer_key
 from user_error import UserError
 
+REMOVED = ".removed"
 VISIBLE_WITHIN_S = 10.0  # network filesystems show another host's files with a delay
 
 
@@ -43,12 +44,12 @@ class StepWriter:
         assert step >= 0, "a step is counted from 0"
         self.step, self.root = step, root
         self.final, self.partial = root / str(step), root / f".{step}{PARTIAL_SUFFIX}"
+        self._is_committed = False
 
     def begin(self) -> None:
         """The keeper: an empty partial folder; what an earlier, failed attempt at this step left is removed."""
         with explained_disk_errors(self.partial):
-            if self.partial.exists():
-                shutil.rmtree(self.partial)
+            _remove(self.partial)
             (self.partial / TRAIN_STATE).mkdir(parents=True)
 
     def write_layer(self, key: str, weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> FileRecord:
@@ -60,15 +61,10 @@ class StepWriter:
         """A writer: what pack_train_state made of one layer."""
         return self._write(f"{TRAIN_STATE}/{file_of_layer(key)}", [TensorSource.of(name, tensor) for name, tensor in tensors.items()])
 
-    def write_companions(self, copy_from: Sequence[Path], model: ModelFolder) -> list[FileRecord]:
-        """The keeper of rank 0's folder: configuration and tokenizer, see ``copy_companions``."""
+    def write_companions(self, contents: Mapping[str, bytes]) -> list[FileRecord]:
+        """The keeper: configuration and tokenizer, the same bytes in every folder. See ``read_companions``."""
         with explained_disk_errors(self.partial):
-            return copy_companions(copy_from, self.partial, dtypes={model.dtype(name) for name in model.names()})
-
-    def write_config(self, config: Mapping[str, Any]) -> FileRecord:
-        """The keeper of another folder: what write_companions made of config.json, to the byte, whatever this host's model folder says."""
-        with explained_disk_errors(self.partial):
-            return write_json_file(self.partial / CONFIG, config, relative_to=self.partial)
+            return write_companions(contents, self.partial)
 
     def prepare(
         self,
@@ -106,14 +102,18 @@ class StepWriter:
         What has the step's name already (it counted in other units, or was found damaged) is moved aside, never replaced.
         """
         with explained_disk_errors(self.partial):
-            if self.final.exists():
+            if os.path.lexists(self.final):
                 set_aside(self.final)
             os.rename(self.partial, self.final)
+            self._is_committed = True
             fsync_directory(self.root)
         return self.final
 
     def abandon(self) -> None:
-        """The keeper, where a part of the step could not be written: a disk that is full should not stay full of this."""
+        """The keeper, where a part of the step could not be written, here or on another host, whose commit may be what failed: a disk that
+        is full should not stay full of this."""
+        if self._is_committed:
+            os.rename(self.final, self.partial)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _write(self, name: str, sources: Sequence[TensorSource]) -> FileRecord:
@@ -141,43 +141,65 @@ class StepWriter:
 
 def set_aside(folder: Path) -> Path:
     """Rename a step's folder so that nobody takes it for one, and return its new path. Damaged ones and others are told apart."""
-    suffix = "damaged" if checkpoint_problems(folder) else "set-aside"
-    target = _unused(folder.parent, f"{folder.name}.{suffix}")
+    target = _unused(folder.parent, f"{folder.name}.{'set-aside' if _is_whole_here(folder) else 'damaged'}")
     os.rename(folder, target)
     fsync_directory(folder.parent)
     return target
 
 
-def remove_old_steps(root: Path, keep: int) -> list[str]:
-    """Delete all but the newest ``keep`` steps of ``root``, complete or not, and return their names. Call it after a commit.
+def remove_old_steps(root: Path, newest: Path, keep: int) -> list[str]:
+    """Delete the steps before ``newest``, which has just been committed, but for ``keep`` - 1 of them, and return their names.
 
-    Each is renamed before it is deleted: a job killed meanwhile leaves the rest of a partial and never half a step.
+    What does not say its position is left alone. Each is renamed before it is deleted: a job killed meanwhile leaves half a step under a
+    name that is none.
     """
     assert keep >= 1, "the newest step always stays"
+    position = position_of(newest)
+    assert position is not None, f"{newest} has just been written"
+    older = [folder for folder in step_folders(root) if (before := position_of(folder)) is not None and before < position]
     removed = []
-    for folder in step_folders(root)[keep:]:
-        hidden = root / f".{folder.name}{PARTIAL_SUFFIX}"
+    for folder in older[keep - 1 :]:
+        hidden = root / f".{folder.name}{REMOVED}{PARTIAL_SUFFIX}"
         with explained_disk_errors(folder):
+            _remove(hidden)
             os.rename(folder, hidden)
             fsync_directory(root)
-            shutil.rmtree(hidden)
+            _remove(hidden)
         removed.append(folder.name)
     return removed
 
 
 def remove_partials(root: Path) -> list[str]:
-    """Remove what killed saves left in ``root``, and return the names. For the holder of root's lock, before the first save."""
-    rests = [entry for entry in sorted(root.glob(f".*{PARTIAL_SUFFIX}")) if entry.name[1 : -len(PARTIAL_SUFFIX)].isdigit()]
+    """Remove what killed saves and deletions left in ``root``, and return the names. For the holder of root's lock."""
+    names = [entry.name for entry in sorted(root.glob(f".*{PARTIAL_SUFFIX}"))]
+    rests = [name for name in names if name[1 : -len(PARTIAL_SUFFIX)].removesuffix(REMOVED).isdecimal()]
     with explained_disk_errors(root):
-        for rest in rests:
-            shutil.rmtree(rest)
-    return [rest.name for rest in rests]
+        for name in rests:
+            _remove(root / name)
+    return rests
 
 
-def prepared_steps(root: Path) -> list[str]:
-    """The steps whose partial folder lacks nothing but the rename. For the holder of root's lock."""
+def prepared_steps(root: Path) -> list[tuple[str, int | None]]:
+    """(name, position) of the steps whose partial folder lacks nothing but the rename. For the holder of root's lock."""
     names = [entry.name[1 : -len(PARTIAL_SUFFIX)] for entry in sorted(root.glob(f".*{PARTIAL_SUFFIX}"))]
-    return [name for name in names if name.isdigit() and (root / f".{name}{PARTIAL_SUFFIX}" / MANIFEST).is_file()]
+    partials = {name: root / f".{name}{PARTIAL_SUFFIX}" for name in names if name.isdecimal()}
+    return [(name, position_of(partial)) for name, partial in partials.items() if _is_whole_here(partial)]
+
+
+def _is_whole_here(folder: Path) -> bool:
+    """True if what this folder's manifest calls its own is there; files of other hosts do not count."""
+    try:
+        return not any(file_problem(folder, record) for record in read_manifest(folder).here.values())
+    except UserError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """A folder and all in it; of a link, which somebody has put in its place, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _seen_within(within_s: float, seen: Callable[[], bool]) -> bool:
@@ -200,4 +222,4 @@ def _has_size(path: Path, size: int) -> bool:
 def _unused(root: Path, name: str) -> Path:
     """``root/name``, with a number behind it if that is taken."""
     candidates = (root / (name if i == 0 else f"{name}.{i}") for i in itertools.count())
-    return next(path for path in candidates if not path.exists())
+    return next(path for path in candidates if not os.path.lexists(path))

@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -58,10 +59,23 @@ def _write_part(folder: Path, file: str, part: Sequence[tuple[str, TensorSource]
     """part: (name in the file, the tensor under its Hugging Face name)."""
     path = folder / file
     with contextlib.closing(open(path, "xb")) as stream:
-        torch.save({short: _in_memory(tensor) for short, tensor in part}, stream)
+        _save({short: _in_memory(tensor) for short, tensor in part}, stream)
         stream.flush()
         os.fsync(stream.fileno())
     return FileRecord(name=file, size=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _save(tensors: dict[str, Tensor], stream: BinaryIO) -> None:
+    """torch.save, which wraps what a full disk says into a RuntimeError of its zip writer: raises the OSError itself."""
+    try:
+        torch.save(tensors, stream)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from error
 
 
 def _in_memory(source: TensorSource) -> Tensor:

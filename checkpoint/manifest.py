@@ -125,7 +125,7 @@ def step_folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     folders = [entry for entry in root.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", entry.name) and entry.is_dir()]
-    positions = {folder: _position(folder) for folder in folders}
+    positions = {folder: position_of(folder) for folder in folders}
     ordered = sorted((f for f in folders if positions[f] is not None), key=lambda f: (positions[f], int(f.name)), reverse=True)
     for folder in sorted((f for f in folders if positions[f] is None), key=lambda folder: int(folder.name)):
         place = next((i for i, other in enumerate(ordered) if int(other.name) <= int(folder.name)), len(ordered))
@@ -133,7 +133,8 @@ def step_folders(root: Path) -> list[Path]:
     return ordered
 
 
-def _position(folder: Path) -> int | None:
+def position_of(folder: Path) -> int | None:
+    """What its manifest says; None if it says nothing or cannot be read."""
     try:
         return read_manifest(folder).position
     except UserError:

@@ -119,6 +119,13 @@ def write_json_file(path: Path, content: Any, *, relative_to: Path) -> FileRecor
         return writer.finish(relative_to)
 
 
+def write_file(path: Path, content: bytes, *, relative_to: Path) -> FileRecord:
+    """Write the new file ``path``."""
+    with _HashingWriter(path) as writer:
+        writer.write(content)
+        return writer.finish(relative_to)
+
+
 def copy_file(source: Path, path: Path, *, relative_to: Path) -> FileRecord:
     """Copy the bytes of ``source`` into the new file ``path``."""
     with open(source, "rb") as reader, _HashingWriter(path) as writer:

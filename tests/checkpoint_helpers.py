@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GPTJConfig as HFConfig
 from transformers import GPTJForCausalLM
 
+from checkpoint.companions import read_companions
 from checkpoint.layer_store import StepWriter
 from checkpoint.model_folder import ModelFolder, load_stage
 from checkpoint.tensor_file import FileRecord
@@ -118,7 +119,7 @@ def finish_step(
     """What the keeper of a folder does after all writers: prepare and commit."""
     model = ModelFolder.open(copy_from[0])
     writer.prepare(
-        [*records, *writer.write_companions(copy_from, model)],
+        [*records, *writer.write_companions(read_companions(copy_from, dtypes={model.dtype(name) for name in model.names()}))],
         elsewhere,
         position=writer.step if position is None else position,
         model=model,

@@ -7,8 +7,19 @@ import torch
 from checkpoint_helpers import adamw_state, as_bytes, hf_model, loaded_stage, save_hf, save_step, write_json
 from safetensors.torch import load_file, save_file
 
-from checkpoint.train_state import load_train_state, pack_train_state, read_trainer_state
+from checkpoint.train_state import pack_train_state, read_layer_state, read_trainer_state
+from checkpoint.weight_file import open_weight_file
 from user_error import UserError
+
+
+def load_train_state(step, stage):
+    """Of all layers of ``stage``, by name."""
+    states = {}
+    for key, parameters in stage.parameters_by_layer():
+        dtypes = {name: spec.dtype for name, spec in open_weight_file(step / f"{key}.safetensors").specs.items()}
+        file = open_weight_file(step / "train_state" / f"{key}.safetensors")
+        states |= read_layer_state(file, {name: parameter.shape for name, parameter in parameters}, dtypes)
+    return states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -62,7 +73,7 @@ def test_missing_extra_and_misshapen_state_is_listed_in_one_message(tmp_path):
     del tensors["exp_avg/lm_head.bias"]
     tensors |= {"exp_avg/other": torch.ones(1), "step/lm_head.bias": torch.ones(2), "exp_avg_sq/lm_head.bias": torch.ones(64).half()}
     save_file(tensors, file)
-    with pytest.raises(UserError, match=r"lm_head.safetensors: missing \(1\): exp_avg/lm_head.bias; ") as caught:
+    with pytest.raises(UserError, match=r"lm_head.safetensors does not fit this model: missing \(1\): exp_avg/lm_head.bias; ") as caught:
         load_train_state(step, stage)
     assert "extra (1): exp_avg/other; " in str(caught.value)
     assert "wrong shape or dtype (2): exp_avg_sq/lm_head.bias, step/lm_head.bias" in str(caught.value)
@@ -74,9 +85,9 @@ def test_missing_extra_and_misshapen_state_is_listed_in_one_message(tmp_path):
 def test_the_trainer_state_keeps_every_digit_and_its_format_is_checked(tmp_path):
     (tmp_path / "train_state").mkdir()
     path = tmp_path / "train_state" / "trainer.json"
-    write_json(path, {"format": 1, "loss": math.pi})
+    write_json(path, {"format": 2, "loss": math.pi})
     assert read_trainer_state(tmp_path) == {"loss": math.pi}
-    write_json(path, {"format": 2})
+    write_json(path, {"format": 3})
     with pytest.raises(UserError, match="written by another version"):
         read_trainer_state(tmp_path)
     path.unlink()

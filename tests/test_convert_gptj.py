@@ -255,7 +255,7 @@ def test_a_conversion_that_is_interrupted_ends_without_traceback_and_can_be_run_
 
 
 def test_two_conversions_into_one_target_do_not_mix(model, tmp_path, capsys):
-    with JobLock(tmp_path / ".hf.partial"):
+    with JobLock(tmp_path / ".hf.partial", path=tmp_path / ".hf.partial.lock"):
         assert to_hf(model, tmp_path / "hf") == 1
     assert f"held by process {os.getpid()}" in capsys.readouterr().err
 

@@ -5,7 +5,6 @@ group, one layer at a time, each checked against the manifest's sha256, and drop
 """
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,12 @@ from user_error import UserError
 WIRE_CHUNK_BYTES = 16 << 20
 
 
-def load_stage_state(job: Job, point: ResumePoint, stage: Stage, optimizer: AdamW) -> None:
+def load_stage_state(job: Job, point: ResumePoint, stage: Stage, optimizer: AdamW, root: Path) -> None:
     """Called by all ranks: parameters, from the fp32 masters where the files are narrower, and optimizer states, from own files or from
-    those of other ranks. Strict. Raises UserError, PeerLost."""
+    those of other ranks, which pass through a temporary folder in ``root``. Strict. Raises UserError, PeerLost."""
     own = dict(stage.parameters_by_layer())
     states: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix=COLLECTED_PREFIX, dir=_writable_parent(point.folder)) as temporary:
+    with tempfile.TemporaryDirectory(prefix=COLLECTED_PREFIX, dir=root) as temporary:
         for key in layer_keys(job.model_config.num_layers):
             names = [file_of_layer(key)]
             if point.has_optimizer:
@@ -103,7 +102,3 @@ def _receive_file(job: Job, record: FileRecord, path: Path, provider: int) -> No
             f"{record.name}, got from rank {provider}, is not what the manifest says (sha256): its disk holds a damaged copy. Resume with "
             "--verify-checkpoint, which passes such copies over"
         )
-
-
-def _writable_parent(folder: Path) -> Path:
-    return folder.parent if os.access(folder.parent, os.W_OK) else Path(tempfile.gettempdir())

@@ -43,8 +43,8 @@ log = logging.getLogger("trainer")
 MAX_SKIPPED_IN_A_ROW = 10
 
 
-def train(job: Job, config: Config) -> None:
-    """Run the job to its last step. Called by all ranks. Raises UserError, PeerLost."""
+def train(job: Job, config: Config, stop_request: StopRequest) -> None:
+    """Run the job to its last step, or to where ``stop_request`` of any rank ends it. Called by all ranks. Raises UserError, PeerLost."""
     assert config.checkpoint_path is not None, "parse_config requires it"
     with ExitStack() as cleanup:
         job.spans.enter_phase("preparing data and checkpoints")
@@ -61,7 +61,7 @@ def train(job: Job, config: Config) -> None:
         job.spans.enter_phase("loading weights")
         trainer = Trainer(job, config, start, desk, plan)
         cleanup.callback(trainer.close)
-        trainer.run()
+        trainer.run(stop_request)
 
 
 class Trainer:
@@ -102,8 +102,10 @@ class Trainer:
             self._stage,
             self._optimizer,
             SaveOptions(is_async=config.async_checkpoint, with_optimizer=config.checkpoint_optimizer, keep=config.keep_checkpoints),
+            tokenizer_from=None if desk is None else desk.encoder.folder,
         )
         self._save_stall_s = 0.0  # of the saves since the last row
+        self._has_prepared = False
         self._reader = start_reader(config, desk.mixture) if desk is not None else None
         self._feed = TokenFeed(
             place=job.place,
@@ -125,7 +127,7 @@ class Trainer:
             place=job.place, folder=self._root, first_step=start.step, total_steps=config.total_steps, logging_steps=config.logging_steps
         )
 
-    def run(self) -> None:
+    def run(self, stop_request: StopRequest) -> None:
         """Train to the end, save and report on the way."""
         if self._job.place.rank == 0:
             log.info("%s", describe_run(self._config, self._job, self._step, self._plan))
@@ -134,27 +136,27 @@ class Trainer:
         self._feed.start()
         if self._probe is not None:
             self._verify_resume(self._probe)
-        with StopRequest() as stop_request:
-            while self._optimizer_step < self._num_updates:
-                if self._profiler is not None:
-                    self._profiler.before_step()
-                started = time.perf_counter()
-                self._job.spans.enter_step(self._step + self._accumulate)
-                with self._job.spans.span("waiting for data"):
-                    feed = self._feed.next()
-                if feed is None:
-                    self._stop_for_data()
-                elif self._one_step(feed, started, stop_request).stop:
-                    break
+        stop_request.listen()
+        while self._optimizer_step < self._num_updates:
             if self._profiler is not None:
-                self._profiler.finish()
-            if self._saved_step != self._step:
-                self._save()
-            with self._job.spans.span("waiting for the checkpoint to be written"):
-                self._saver.finish()
-            if self._optimizer_step < self._num_updates and self._job.place.rank == 0:
-                asked = stop_request.name or "a signal on another rank"
-                log.info("stopped by %s at step %d, which is saved; the same command goes on from there", asked, self._step)
+                self._profiler.before_step()
+            started = time.perf_counter()
+            self._job.spans.enter_step(self._step + self._accumulate)
+            with self._job.spans.span("waiting for data"):
+                feed = self._feed.next()
+            if feed is None:
+                self._stop_for_data()
+            elif self._one_step(feed, started, stop_request).stop:
+                break
+        if self._profiler is not None:
+            self._profiler.finish()
+        if self._saved_step != self._step:
+            self._save(is_last=True)
+        with self._job.spans.span("waiting for the checkpoint to be written"):
+            self._saver.finish()
+        if self._optimizer_step < self._num_updates and self._job.place.rank == 0:
+            asked = stop_request.name or "a signal on another rank"
+            log.info("stopped by %s at step %d, which is saved; the same command goes on from there", asked, self._step)
 
     def close(self) -> None:
         """Stop the reader and the links, end the progress line."""
@@ -184,7 +186,7 @@ class Trainer:
 
     def _load(self, start: Start) -> None:
         if start.point is not None:
-            load_stage_state(self._job, start.point, self._stage, self._optimizer)
+            load_stage_state(self._job, start.point, self._stage, self._optimizer, self._root)
         elif self._config.load_pretrained_model:
             load_stage(self._stage, self._job.model)
         else:
@@ -226,6 +228,9 @@ class Trainer:
         )
         self._save_stall_s = 0.0
         every = self._config.checkpoint_steps
+        if every and not self._has_prepared and not decision.skip:
+            self._has_prepared = True
+            self._saver.prepare()
         if every and self._step // every > before // every:
             self._save()
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -247,14 +252,15 @@ class Trainer:
             self._gradient.forget()
         return decision
 
-    def _save(self) -> None:
+    def _save(self, *, is_last: bool = False) -> None:
         probe = self._compute_probe(self._last_feed) if self._config.verify_resume else None
         with self._job.spans.span("saving a checkpoint"):
-            trainer, tokenizer_from = None, []
+            trainer = None
             if self._desk is not None:
                 trainer = {
                     "optimizer_step": self._optimizer_step,
                     "num_skipped": self._num_skipped,
+                    "run_token": self._desk.run_token,
                     "loss_scale": 1.0,
                     "data": self._data_position,
                     "data_identity": self._desk.identity,
@@ -263,8 +269,7 @@ class Trainer:
                     "flags": dataclasses.asdict(self._config),
                     "probe": probe,
                 }
-                tokenizer_from = [self._desk.encoder.folder]
-            stall_s = self._saver.save(self._step, self._position, trainer, tokenizer_from)
+            stall_s = self._saver.save(self._step, self._position, trainer, is_last=is_last)
         self._save_stall_s += stall_s
         self._saved_step = self._step
 
@@ -294,7 +299,7 @@ class Trainer:
         if self._profiler is not None:
             self._profiler.finish()
         if self._step > 0 and self._saved_step != self._step:
-            self._save()
+            self._save(is_last=True)
         self._saver.finish()
         reason = self._feed.error
         if reason is None:

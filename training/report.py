@@ -1,18 +1,18 @@
 """What a run says of itself: log records tagged with their place, a live progress line, train_log.jsonl, Weights & Biases.
 
-Promises: ``<checkpoint-path>/train_log.jsonl`` gets one complete line per optimizer step, flushed, with all digits of the loss;
-rows of steps that are done again after a resume are appended, never rewritten. Only rank 0 writes it and talks to Weights &
-Biases."""
+Promises: ``<checkpoint-path>/train_log.jsonl`` gets one complete line per optimizer step, flushed, with all digits of the loss (where
+the disk is full, as soon as it takes it); rows of steps that are done again after a resume are appended, never rewritten. Only rank 0
+writes it and talks to Weights & Biases."""
 
-import contextlib
 import json
 import logging
 import shutil
 import sys
 import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -52,7 +52,9 @@ class Report:
         self._total_steps, self._logging_steps, self._step = total_steps, logging_steps, first_step
         self._first_step, self._start = first_step, time.perf_counter()
         self._path = folder / "train_log.jsonl"
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._unwritten = bytearray()
+        self._has_complained = False
         self._bar: tqdm[Any] | None = None
         self._wandb: Any = None
         if self._speaks:
@@ -89,10 +91,9 @@ class Report:
         reported of the wire."""
         if not self._speaks:
             return
-        assert self._file is not None and self._bar is not None, "rank 0 opened them"
-        with explained_disk_errors(self._path):
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+        assert self._bar is not None, "rank 0 opened it"
+        self._unwritten += json.dumps(row).encode() + b"\n"
+        self._write_log()
         if self._wandb is not None:
             self._wandb.log(dict(row), step=row["optimizer_step"])
         before, self._step = self._step, row["step"]
@@ -114,6 +115,21 @@ class Report:
                 "  SKIPPED: loss or gradient not finite" if row["skipped"] else "",
             )
 
+    def _write_log(self) -> None:
+        """All rows that are not in the file yet. A disk that is full does not end a training: it is said once, and tried again."""
+        assert self._file is not None, "rank 0 opened it"
+        try:
+            while self._unwritten:
+                del self._unwritten[: self._file.write(self._unwritten)]
+        except OSError as error:
+            if not self._has_complained:
+                log.warning(
+                    "cannot write %s: %s. Training goes on; the rows are kept and written when there is room", self._path, error.strerror
+                )
+            self._has_complained = True
+            return
+        self._has_complained = False
+
     def _eta(self) -> str:
         seconds = (time.perf_counter() - self._start) / max(1, self._step - self._first_step) * (self._total_steps - self._step)
         return str(tqdm.format_interval(seconds))
@@ -123,20 +139,20 @@ class Report:
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what a full disk did not take was reported with its row
-                self._file.close()
+            self._write_log()
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def _open_log(path: Path) -> TextIO:
+def _open_log(path: Path) -> FileIO:
     """Append to the log. A line that a killed run left unfinished gets its end, so that every later row stands on a line of its own."""
-    file = path.open("a+")
-    if file.tell() > 0:
+    file = FileIO(path, "a")
+    if path.stat().st_size > 0:
         with path.open("rb") as end:
             end.seek(-1, 2)
             if end.read(1) != b"\n":
-                file.write("\n")
+                file.write(b"\n")
     return file
 
 

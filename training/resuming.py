@@ -83,12 +83,12 @@ def steps_in_sight(root: Path) -> list[tuple[str, int | None]]:
     return found
 
 
-def find_resume_point(job: Job, root: Path, *, only: str | None, hashes: bool) -> ResumePoint | None:
+def find_resume_point(job: Job, root: Path, *, only: str | None, hashes: bool, is_required: bool = True) -> ResumePoint | None:
     """Called by all ranks: the newest step in ``root`` (or the one named ``only``) that is complete over all ranks; None if there is none.
 
-    Raises UserError if ``only`` is not there or not complete, or all that is there is unusable (on rank 0, and so on all).
+    Raises UserError if ``only`` is not there or not complete, or all that is there is unusable; None then too unless ``is_required``.
     """
-    store = dist.PrefixStore("resume", job.store)
+    store = dist.PrefixStore(f"resume/{is_required}", job.store)
     in_sight = all_say(job, store, "steps", steps_in_sight(root))
     refused: list[str] = []
     for name in [only] if only is not None else newest_first(in_sight):
@@ -101,10 +101,10 @@ def find_resume_point(job: Job, root: Path, *, only: str | None, hashes: bool) -
                     log.warning("%s", text)
             return point
         refused.append(f"passed over {root / name}, it is no complete checkpoint: {problem}")
-    if refused:
+    if refused and is_required:
         text = "; ".join(refused).replace("passed over ", "") if only is not None else "; ".join(refused)
         cure = "Name another step" if only is not None else "Repair one of them, or pass --resume none to start over; nothing is deleted"
-        raise UserError(f"there are checkpoints in {root}, and none can be resumed: {text}. {cure}")
+        raise UserError(f"there are checkpoints in {root}, and none can be resumed: {text.rstrip('.')}. {cure}")
     return None
 
 
@@ -126,7 +126,7 @@ def _look_at(folder: Path, copy: str) -> _Sight:
         manifest: Manifest = read_manifest(folder)
     except UserError as error:
         return _Sight(copy=copy, problems=[str(error)] if folder.exists() else [])
-    wrong_name = name_problems(folder, manifest) if folder.name.isdigit() else []
+    wrong_name = name_problems(folder, manifest) if folder.name.isdecimal() else []
     if wrong_name:
         return _Sight(copy=copy, problems=wrong_name)
     everywhere = manifest.everywhere
@@ -141,13 +141,30 @@ def _look_at(folder: Path, copy: str) -> _Sight:
 
 def _put_together(job: Job, store: dist.Store, folder: Path, sights: list[_Sight], hashes: bool) -> tuple[ResumePoint | None, str | None]:
     """Equal on all ranks: the point, or why there is none."""
-    tables = [sight.everywhere for sight in sights if sight.everywhere]
+    tables: list[dict[str, Any]] = []
+    for sight in sights:
+        if sight.everywhere and sight.everywhere not in tables:
+            tables.append(sight.everywhere)
     problems = [text for sight in sights for text in sight.problems]
     if not tables:
         return None, problems[0] if problems else f"there is no folder {folder}"
-    if any(table != tables[0] for table in tables):
-        return None, "the manifests on different hosts list different files: they are not of the same save"
-    records = {name: FileRecord(name=name, size=size, sha256=sha256) for name, (size, sha256) in tables[0].items()}
+    reason = None
+    for number, table in enumerate(tables):  # several: a host that was away has an older save of the same number
+        same = [sight if sight.everywhere == table else _Sight(copy=sight.copy) for sight in sights]
+        point, why = _from_table(job, dist.PrefixStore(str(number), store), folder, same, table, hashes)
+        if point is not None:
+            return point, None
+        reason = reason or why
+    differ = " (and its manifests on different hosts list different files)" if len(tables) > 1 else ""
+    return None, f"{reason}{differ}"
+
+
+def _from_table(
+    job: Job, store: dist.Store, folder: Path, sights: list[_Sight], table: dict[str, Any], hashes: bool
+) -> tuple[ResumePoint | None, str | None]:
+    """As _put_together, of the hosts whose manifests list the files of ``table``."""
+    problems = [text for sight in sights for text in sight.problems]
+    records = {name: FileRecord(name=name, size=size, sha256=sha256) for name, (size, sha256) in table.items()}
     sees = [set(sight.names) for sight in sights]
     if hashes:
         for rank, wrong in enumerate(all_say(job, store, f"hashes/{folder.name}", _wrong_hashes(job, folder, records, sights))):

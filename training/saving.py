@@ -10,6 +10,7 @@ cannot write is given up by all alike, the training goes on, and the checkpoints
 moments, data position) is what is saved, keyed by layer.
 """
 
+import base64
 import json
 import logging
 import platform
@@ -25,9 +26,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint.companions import CONFIG
+from checkpoint.companions import read_companions
 from checkpoint.layer_store import StepWriter, remove_old_steps
-from checkpoint.model_folder import read_json_object
 from checkpoint.tensor_file import FileRecord
 from modules.stage import Stage
 from optim.build import AdamW
@@ -38,6 +38,8 @@ from training.snapshot import HostCopy, LayerState, layers_of, num_bytes
 from user_error import UserError
 
 log = logging.getLogger("trainer")
+
+STORE_PIECE_CHARS = 2**20  # a store takes no values of many MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +58,43 @@ class StepNotSaved(UserError):
 class Saver:
     """One rank's part in saving. Called by all ranks alike; ranks that neither write nor keep a folder do nothing."""
 
-    def __init__(self, job: Job, folders: Folders, root: Path, stage: Stage, optimizer: AdamW, options: SaveOptions) -> None:
+    def __init__(
+        self,
+        job: Job,
+        folders: Folders,
+        root: Path,
+        stage: Stage,
+        optimizer: AdamW,
+        options: SaveOptions,
+        tokenizer_from: Path | None,
+    ) -> None:
+        """Collective over all ranks. tokenizer_from: on rank 0, the folder of the tokenizer, None elsewhere."""
         self._job, self._folders, self._root, self._stage, self._optimizer, self._options = job, folders, root, stage, optimizer, options
         self._writes, self._keeps = folders.writes(job.place), job.place.rank in folders.keepers
+        self._dtypes = {name: job.model.dtype(name) for name in job.model.names()}
+        self._companions = _share_companions(job, folders, tokenizer_from)
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, step: int, position: int, trainer: Mapping[str, Any] | None, copy_from: Sequence[Path]) -> float:
-        """Save what has been trained up to ``step``, at ``position`` sequences; ``trainer`` and ``copy_from`` (beside the model folder)
-        are rank 0's. Returns the seconds that training stood still. With --async-checkpoint writing goes on after that; a save that is
-        still running is waited for. Raises StepNotSaved, on a later call, only for what is no mere failure to write.
+    def prepare(self) -> None:
+        """After the first update, where saves will come while training goes on: make room for the first one's copy beside the training."""
+        if self._options.is_async and self._writes:
+            layers = self._layers()
+            if self._has_room(layers):
+                self._host_copy.prepare(layers)
+
+    def save(self, step: int, position: int, trainer: Mapping[str, Any] | None, *, is_last: bool = False) -> float:
+        """Save what has been trained up to ``step``, at ``position`` sequences; ``trainer`` is rank 0's. Returns the seconds that training
+        stood still. With --async-checkpoint writing goes on after that, unless it ``is_last``; a save that is still running is waited
+        for. Raises, on a later call, only what is no mere failure to write.
         """
         started = time.perf_counter()
         self.wait()
         if not (self._writes or self._keeps):
             return time.perf_counter() - started
-        dtypes = {name: self._job.model.dtype(name) for name in self._job.model.names()}
-        layers = layers_of(self._stage, self._optimizer, dtypes, with_optimizer=self._options.with_optimizer) if self._writes else {}
-        is_async = self._options.is_async and self._has_room(layers)
+        layers = self._layers() if self._writes else {}
+        is_async = self._options.is_async and not is_last and self._has_room(layers)
         if is_async:
             layers = self._host_copy.take(layers)
         work = _StepSave(
@@ -83,10 +103,10 @@ class Saver:
             writer=StepWriter(self._root, step),
             store=dist.PrefixStore(f"save/{step}/{position}", self._job.store.clone()),  # type: ignore[attr-defined]
             layers=layers,
-            dtypes=dtypes,
+            dtypes=self._dtypes,
             position=position,
             trainer=None if trainer is None else self._completed(step, position, trainer),
-            copy_from=copy_from,
+            companions=self._companions,
             keep=self._options.keep,
             stood_still_s=time.perf_counter() - started if is_async else None,
         )
@@ -115,8 +135,11 @@ class Saver:
         self._failure = None
         try:
             work.run()
-        except BaseException as error:  # carried to the main thread, which raises it
+        except Exception as error:  # of the store, so of rank 0: carried to the main thread, which raises it
             self._failure = error
+
+    def _layers(self) -> dict[str, LayerState]:
+        return layers_of(self._stage, self._optimizer, self._dtypes, with_optimizer=self._options.with_optimizer)
 
     def _has_room(self, layers: Mapping[str, LayerState]) -> bool:
         if self._host_copy.has_room or not layers:
@@ -160,7 +183,7 @@ class _StepSave:
     dtypes: dict[str, torch.dtype]
     position: int
     trainer: dict[str, Any] | None
-    copy_from: Sequence[Path]
+    companions: Mapping[str, bytes]
     keep: int
     stood_still_s: float | None  # of the training, before the writing; None: as long as it takes
 
@@ -179,8 +202,6 @@ class _StepSave:
             return
         try:
             wrote = self._outcomes("wrote", self.folders.writers(place))
-            if place.rank == 0:
-                self._part("companions", self._write_companions)
             self._part("ready", lambda: self._prepare(wrote))
             self._outcomes("ready", self.folders.keepers)
             self._part("there", lambda: str(self.writer.commit()))
@@ -203,8 +224,8 @@ class _StepSave:
 
     def _remove_old(self) -> list[str]:
         try:
-            return remove_old_steps(self.writer.root, self.keep) if self.keep else []
-        except UserError as error:
+            return remove_old_steps(self.writer.root, self.writer.final, self.keep) if self.keep else []
+        except (UserError, OSError) as error:
             log.warning("old checkpoints could not be removed (--keep-checkpoints): %s", error)
             return []
 
@@ -216,9 +237,9 @@ class _StepSave:
             outcome = {"failed": str(error)}
         except UserError as error:
             outcome = {"failed": f"{self.job.place.in_words} on host {self._host}: {error}"}
-        except BaseException:
-            self.store.set(f"{name}/{self.job.place.rank}", json.dumps({"failed": f"{self.job.place.in_words}: {traceback.format_exc()}"}))
-            raise
+        except Exception as error:  # whatever a filesystem or a defect of ours comes up with costs this checkpoint and not the training
+            log.error("%s", traceback.format_exc())
+            outcome = {"failed": f"{self.job.place.in_words} on host {self._host}: {type(error).__name__}: {error}"}
         self.store.set(f"{name}/{self.job.place.rank}", json.dumps(outcome))
 
     def _outcomes(self, name: str, ranks: Sequence[int]) -> dict[int, Any]:
@@ -256,10 +277,7 @@ class _StepSave:
                     raise UserError(f"replicas hold the same weights, and two wrote {record.name} differently. Resume from an older step")
                 if known is None:
                     elsewhere[record.name] = record
-        said = self._outcomes("companions", [0])[0]
-        companions = [FileRecord(**record) for record in said["records"]]
-        here |= {record.name: record for record in (companions if 0 in own else [self.writer.write_config(said["config"])])}
-        elsewhere |= {record.name: record for record in companions if record.name not in here}
+        here |= {record.name: record for record in self.writer.write_companions(self.companions)}
         self.store.wait(["trainer"], COLLECTIVE_TIMEOUT)
         self.writer.prepare(
             list(here.values()),
@@ -269,7 +287,26 @@ class _StepSave:
             trainer=json.loads(self.store.get("trainer")),
         )
 
-    def _write_companions(self) -> dict[str, Any]:
-        """On rank 0, which alone writes the tokenizer: the records of what it copied, and what every folder's config.json must say."""
-        records = self.writer.write_companions([self.job.model.path, *self.copy_from], self.job.model)
-        return {"records": [asdict(record) for record in records], "config": read_json_object(self.writer.partial / CONFIG)}
+
+def _share_companions(job: Job, folders: Folders, tokenizer_from: Path | None) -> dict[str, bytes]:
+    """Called by all ranks: rank 0's configuration and tokenizer, which go into every folder of every step; {} on ranks that keep none.
+
+    Read once, so that a save depends on no other folder, and every host's part says the same of the model.
+    """
+    store = dist.PrefixStore("companions", job.store)
+    if job.place.rank == 0:
+        assert tokenizer_from is not None, "rank 0 has a tokenizer"
+        dtypes = {job.model.dtype(name) for name in job.model.names()}
+        contents = read_companions([job.model.path, tokenizer_from], dtypes=dtypes)
+        if len(folders.groups) > 1:
+            text = json.dumps({name: base64.b64encode(content).decode() for name, content in contents.items()})
+            pieces = [text[at : at + STORE_PIECE_CHARS] for at in range(0, len(text), STORE_PIECE_CHARS)]
+            for number, piece in enumerate(pieces):
+                store.set(str(number), piece)
+            store.set("count", str(len(pieces)))
+        return contents
+    if job.place.rank not in folders.keepers:
+        return {}
+    store.wait(["count"], COLLECTIVE_TIMEOUT)
+    text = "".join(store.get(str(number)).decode() for number in range(int(store.get("count"))))
+    return {name: base64.b64decode(content) for name, content in json.loads(text).items()}

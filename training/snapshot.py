@@ -1,6 +1,9 @@
 """What a checkpoint holds of one rank, by layer: as references that are written before training goes on, or as a copy in host memory
 that is written while it does."""
 
+import contextlib
+import mmap
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +13,9 @@ from torch import Tensor
 from checkpoint.train_state import pack_train_state
 from modules.stage import Stage
 from optim.build import AdamW
+
+PIECE_BYTES = 16 << 20
+MADV_POPULATE_WRITE = 23  # of Linux; Python's mmap has no name for it yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +38,36 @@ def layers_of(stage: Stage, optimizer: AdamW, file_dtypes: Mapping[str, torch.dt
 
 
 class HostCopy:
-    """Room in host memory for one rank's layers. Made at the first copy and used again by the next: a copy then costs no page faults."""
+    """Room in host memory for one rank's layers, used again by every copy: the page faults of new memory take longer than copying."""
 
     def __init__(self) -> None:
         self._room: dict[tuple[str, str], Tensor] = {}
+        self._preparing: threading.Thread | None = None
 
     @property
     def has_room(self) -> bool:
-        """True behind the first copy."""
-        return bool(self._room)
+        """True behind prepare() or the first copy."""
+        return self._preparing is not None or bool(self._room)
+
+    def prepare(self, layers: Mapping[str, LayerState]) -> None:
+        """Begin to make the room for ``layers`` on another thread, so that the first copy finds its pages there."""
+        wanted: dict[int, tuple[tuple[str, str], torch.Size, torch.dtype, bool]] = {}
+        for layer in layers.values():
+            for kind, tensors in (("weight", layer.weights), ("state", layer.train_state)):
+                for name, tensor in tensors.items():
+                    wanted.setdefault(tensor.data_ptr(), ((kind, name), tensor.shape, tensor.dtype, tensor.is_cuda))
+
+        def make() -> None:
+            for key, shape, dtype, is_cuda in wanted.values():
+                self._room[key] = torch.empty(shape, dtype=dtype, pin_memory=True) if is_cuda else _touched(shape, dtype)
+
+        self._preparing = threading.Thread(target=make, name="snapshot-room", daemon=True)
+        self._preparing.start()
 
     def take(self, layers: Mapping[str, LayerState]) -> dict[str, LayerState]:
         """Copy everything; when this returns the originals may change. What was taken before is overwritten."""
+        if self._preparing is not None:
+            self._preparing.join()
         copied: dict[int, Tensor] = {}  # a master is the parameter itself: stored twice in the folder, copied once
 
         def copy(kind: str, name: str, tensor: Tensor) -> Tensor:
@@ -65,6 +89,18 @@ class HostCopy:
         if any(tensor.is_cuda for layer in layers.values() for tensor in layer.weights.values()):
             torch.cuda.synchronize()
         return taken
+
+
+def _touched(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages the system has given already, a piece at a time: the interpreter waits for each."""
+    size = shape.numel() * dtype.itemsize
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):  # kernels before 5.14: the pages come with the first copy
+        for start in range(0, size, PIECE_BYTES):
+            memory.madvise(MADV_POPULATE_WRITE, start, min(PIECE_BYTES, size - start))
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 def num_bytes(layers: Mapping[str, LayerState]) -> int:

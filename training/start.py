@@ -5,9 +5,13 @@ Promises: when agree() returns, all ranks know the same starting point, every fo
 starting point has been renamed, so that no later resume takes it for this run's; a UserError of one rank has reached the others through
 the hub instead."""
 
+import contextlib
 import dataclasses
+import json
 import logging
 import os
+import re
+import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ import torch.distributed as dist
 from checkpoint.job_lock import JobLock
 from checkpoint.layer_store import StepWriter, prepared_steps, remove_partials, set_aside
 from checkpoint.manifest import MANIFEST
+from checkpoint.model_folder import read_json_object
 from checkpoint.tensor_file import explained_disk_errors
 from tasks.mixture import Mixture
 from training.config import Config
@@ -29,6 +34,9 @@ from training.resuming import ResumePoint, all_say, check_same_model, find_resum
 from user_error import UserError
 
 log = logging.getLogger("trainer")
+
+RUN_FILE = ".run.json"  # in the folder that rank 0 sees: which run has begun here
+STEP_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +56,15 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingDesk:
-    """What only rank 0 has: the tokenizer, the data opened at its position, and what a later resume must find unchanged."""
+    """What only rank 0 has: the tokenizer, the data opened at its position, what a later resume must find unchanged, and what marks the
+    steps of this run."""
 
     encoder: TextEncoder
     mixture: Mixture
     position: dict[str, Any]
     identity: dict[str, Any]
     probe: dict[str, Any] | None
+    run_token: str
 
 
 def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingDesk | None]:
@@ -74,12 +84,12 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
         hosts = [f"rank{'s' * (len(group) > 1)} {', '.join(map(str, group))} on {job.roster[group[0]]['host']}" for group in folders.groups]
         log.info("--checkpoint-path is %d folders: of %s; each keeps the layers of its own ranks", len(hosts), "; of ".join(hosts))
     in_sight = _complete_commits(job, folders, root)
-    mode = _resume_mode(job, config)
-    point = _find_point(job, root, mode, config.verify_checkpoint)
+    token, is_restart = all_say(job, dist.PrefixStore("start", job.store), "run", _run_token(job, root) if job.place.rank == 0 else None)[0]
+    point = _find_point(job, config, root, token, is_restart)
     start = _counters(config, folders, point)
     if point is not None:
         check_same_model(point, job.model_config)
-    desk = _open_desk(job, config, start, cleanup) if job.place.rank == 0 and not start.is_finished else None
+    desk = _open_desk(job, config, start, token, cleanup) if job.place.rank == 0 and not start.is_finished else None
     probe = all_say(job, dist.PrefixStore("start", job.store), "probe", desk.probe if desk is not None else None)[0]
     start = dataclasses.replace(start, probe=probe)  # rank 0 has refused nothing; only now is anything renamed
     if not start.is_finished and job.place.rank in folders.keepers:
@@ -99,9 +109,10 @@ def _complete_commits(job: Job, folders: Folders, root: Path) -> list[list[tuple
     is_keeper = job.place.rank in folders.keepers
     before = all_say(job, store, "before", steps_in_sight(root))
     if is_keeper:
-        committed = {name for steps in before for name, _ in steps} - {name for name, _ in before[job.place.rank]}
-        for name in prepared_steps(root):
-            if name in committed:
+        # a position says which of two steps of one number it is
+        committed = {tuple(step) for steps in before for step in steps} - {tuple(step) for step in before[job.place.rank]}
+        for name, position in prepared_steps(root):
+            if position is not None and (name, position) in committed:
                 log.info("completing %s, which was cut off after other hosts had theirs", StepWriter(root, int(name)).commit())
         for name in remove_partials(root):
             log.info("removed %s, the rest of a save that was cut off", root / name)
@@ -110,37 +121,54 @@ def _complete_commits(job: Job, folders: Folders, root: Path) -> list[list[tuple
     return all_say(job, store, "after", steps_in_sight(root))
 
 
-def _resume_mode(job: Job, config: Config) -> str:
-    """Rank 0's --resume, for all: auto, none, a step's number, or a path (of which each rank may have its own spelling)."""
-    store = dist.PrefixStore("start", job.store)
-    own = config.resume
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0 and own != "auto":
-        log.info("restarted by torchrun: going on from the newest checkpoint, as with --resume auto")
-        own = "auto"
-    mode: str = all_say(job, store, "mode", own)[0]
-    is_path = [text not in ("auto", "none") and not text.isdigit() for text in (mode, own)]
-    return own if all(is_path) else mode
+def _run_token(job: Job, root: Path) -> tuple[str, bool]:
+    """On rank 0: what marks the steps of this run, and whether torchrun has restarted a run that had begun in ``root``."""
+    path = root / RUN_FILE
+    launcher = {"run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "agent": os.getppid()}
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0 and path.is_file():
+        known = read_json_object(path)
+        same_id = launcher["run_id"] not in (None, "none") and known.get("run_id") == launcher["run_id"]
+        if same_id or known.get("agent") == launcher["agent"]:
+            return str(known["token"]), True
+    token = secrets.token_hex(8)
+    with contextlib.suppress(OSError):  # a full disk can still be resumed from
+        path.write_text(json.dumps({"token": token, **launcher}))
+    return token, False
 
 
-def _find_point(job: Job, root: Path, mode: str, hashes: bool) -> ResumePoint | None:
+def _find_point(job: Job, config: Config, root: Path, token: str, is_restart: bool) -> ResumePoint | None:
+    """Called by all ranks: what --resume asks for; where torchrun has restarted this very run, its own newest step, if it has saved one."""
+    store, hashes = dist.PrefixStore("start", job.store), config.verify_checkpoint
+    mode: str = all_say(job, store, "mode", config.resume)[0]
+    if is_restart and mode != "auto":
+        point = find_resume_point(job, root, only=None, hashes=hashes, is_required=False)
+        if point is not None and point.trainer.get("run_token") == token:
+            if job.place.rank == 0:
+                log.info("restarted by torchrun: going on from the newest checkpoint of this run, not with --resume %s", mode)
+            return point
     if mode == "none":
         return None
     if mode == "auto":
         return find_resume_point(job, root, only=None, hashes=hashes)
-    if mode.isdigit():
+    if STEP_NUMBER.fullmatch(mode):
         return find_resume_point(job, root, only=str(int(mode)), hashes=hashes)
-    path = Path(mode).expanduser().absolute()
+    is_path = config.resume not in ("auto", "none") and not STEP_NUMBER.fullmatch(config.resume)
+    return _find_point_at(job, Path(config.resume if is_path else mode), hashes)  # each rank may have its own spelling of a path
+
+
+def _find_point_at(job: Job, path: Path, hashes: bool) -> ResumePoint:
     store = dist.PrefixStore("start", job.store)
+    if str(path).startswith("~"):
+        path = Path(os.path.expanduser(path))
+    path = path.absolute()
     is_step = any(all_say(job, store, "is a step", (path / MANIFEST).is_file()))
     names = set(all_say(job, store, "resume from", path.name))
     if is_step and len(names) > 1:
         raise UserError(f"--resume must name the same step on all ranks; it is {' and '.join(sorted(names))}. Give copies the same name")
-    point = find_resume_point(job, path.parent, only=path.name, hashes=hashes) if is_step else None
-    if not is_step:
-        point = find_resume_point(job, path, only=None, hashes=hashes)
+    point = find_resume_point(job, path.parent if is_step else path, only=path.name if is_step else None, hashes=hashes)
     if point is None:
         rule = "--resume must be auto, none, a step's number or the folder of a checkpoint"
-        raise UserError(f"{rule}; {mode} holds no checkpoint. Check the path")
+        raise UserError(f"{rule}; {path} holds no checkpoint. Check the path")
     return point
 
 
@@ -151,8 +179,7 @@ def _newer(in_sight: list[list[tuple[str, int | None]]], root: Path, point: Resu
         return ordered
     if point.folder.parent.absolute() == root.absolute() and point.folder.name in ordered:
         return ordered[: ordered.index(point.folder.name)]
-    positions = {name: position for steps in in_sight for name, position in steps}
-    return [name for name in ordered if (position := positions[name]) is None or position > point.position]
+    return ordered  # another run's
 
 
 def _counters(config: Config, folders: Folders, point: ResumePoint | None) -> Start:
@@ -172,7 +199,7 @@ def _counters(config: Config, folders: Folders, point: ResumePoint | None) -> St
     )
 
 
-def _open_desk(job: Job, config: Config, start: Start, cleanup: ExitStack) -> ReadingDesk:
+def _open_desk(job: Job, config: Config, start: Start, token: str, cleanup: ExitStack) -> ReadingDesk:
     """On rank 0. Raises UserError for tokenizers, data and batches that do not fit, and says what a resume changes."""
     encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size)
     identity = data_identity(config, encoder)
@@ -182,7 +209,7 @@ def _open_desk(job: Job, config: Config, start: Start, cleanup: ExitStack) -> Re
         _say_what_changed(job, config, start, start.point)
     mixture = open_mixture(config, encoder, state)
     cleanup.callback(mixture.close)
-    return ReadingDesk(encoder=encoder, mixture=mixture, position=mixture.state(), identity=identity, probe=probe)
+    return ReadingDesk(encoder=encoder, mixture=mixture, position=mixture.state(), identity=identity, probe=probe, run_token=token)
 
 
 def _data_position(config: Config, point: ResumePoint, identity: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

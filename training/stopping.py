@@ -19,15 +19,23 @@ ONE_REQUEST_S = 1.0  # launchers pass a Ctrl-C on that the terminal has sent alr
 
 
 class StopRequest:
-    """``with StopRequest() as stop:`` on the main thread; ``stop.name`` is the signal that came, None so far."""
+    """``with StopRequest() as stop:`` around the whole job; from ``stop.listen()`` on, ``stop.name`` is the signal that came, None so far.
+
+    Until then signals do what they always do; after it they only ask, to the end of the block, where the ranks have parted.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is not threading.main_thread():  # as in a notebook's helper thread: signals are not ours to take
-            return self
+        return self
+
+    def listen(self) -> None:
+        """Training begins: there is something to save. On another thread than the main one, as in a notebook's helper, nothing is done:
+        signals are not ours to take there."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         self._ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         self._theirs = theirs
@@ -35,7 +43,6 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._note)
         self._previous_wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._previous:
