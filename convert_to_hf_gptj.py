@@ -9,6 +9,9 @@ import sys
 
 try:
     from converters.to_hf import main
+except KeyboardInterrupt:
+    print("stopped", file=sys.stderr)
+    raise SystemExit(130) from None
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"error: {sys.executable} lacks the package {missing.name}. Run `make setup`, then `source .venv/bin/activate`, and try again"

@@ -187,9 +187,9 @@ def _check_is_ours(partial: Path, lock_path: Path) -> None:
     is_folder = partial.is_dir() and not partial.is_symlink()
     if os.path.lexists(partial) and not is_folder:
         raise UserError(f"{partial} is in the way and not ours: it is no folder. Move it, or give another target.")
-    if is_folder and any(partial.iterdir()) and not (partial / JOURNAL_NAME).is_file() and not lock_path.exists():
-        if partial.exists():  # else its owner has just finished
-            raise UserError(f"{partial} is in the way and not ours: no conversion has left it. Move it, or give another target.")
+    is_foreign = is_folder and any(partial.iterdir()) and not (partial / JOURNAL_NAME).is_file() and not lock_path.exists()
+    if is_foreign and partial.exists():  # else its owner has just finished
+        raise UserError(f"{partial} is in the way and not ours: no conversion has left it. Move it, or give another target.")
 
 
 def _publish(partial: Path, target: Path) -> None:

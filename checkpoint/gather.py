@@ -11,6 +11,7 @@ run, and a whole model. Exit status: 0 written, 1 not (one line on stderr says w
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint.atomic_folder import PARTIAL_SUFFIX, atomic_folder, check_target
+from checkpoint.command import expanded, explained_system_errors
 from checkpoint.companions import CONFIG
 from checkpoint.job_lock import LOCK_NAME, JobLock
 from checkpoint.layered_folder import INDEX, file_of_layer
@@ -200,8 +202,8 @@ def gather(paths: Sequence[Path], out: Path, step: int | None) -> None:
     if newest != target:
         _warn(f"{target.parent} also holds {newest.name}, which is newer: a run resumes from that one if it is whole")
     print("next, with the flags of the run, on every host that sees this folder or has a copy of it:")
-    print(f"  python dist_clm_train.py --checkpoint-path {target.parent} ...")
-    print(f"or look at it: python -m checkpoint.inspect {target}")
+    print(f"  python dist_clm_train.py --checkpoint-path {shlex.quote(str(target.parent))} ...")
+    print(f"or look at it: python -m checkpoint.inspect {shlex.quote(str(target))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -214,10 +216,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, metavar="N", help="the step to gather; left out: the newest one that is whole")
     arguments = parser.parse_args(argv)
     try:
-        gather([path.expanduser() for path in arguments.hostdirs], arguments.out.expanduser(), arguments.step)
+        with explained_system_errors():
+            gather([expanded(path) for path in arguments.hostdirs], expanded(arguments.out), arguments.step)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -32,7 +32,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from checkpoint.atomic_folder import PARTIAL_SUFFIX
+from checkpoint.atomic_folder import PARTIAL_SUFFIX, readable_bytes
+from checkpoint.command import expanded, explained_system_errors
 from checkpoint.companions import CONFIG
 from checkpoint.job_lock import LOCK_NAME
 from checkpoint.manifest import MANIFEST, TRAIN_STATE, TRAINER_FILE, Manifest, file_problem, name_problems, read_manifest, step_folders
@@ -90,15 +91,15 @@ def inspect_folder(folder: Path, *, verify: bool = False, must_be_step: bool = F
     if is_step or (folder / MANIFEST).exists():
         try:
             manifest = read_manifest(folder)
-            is_step = must_be_step or manifest.step is not None
+            is_step = must_be_step or manifest.step is not None or (folder / TRAIN_STATE).is_dir()
         except UserError as error:
             problems.append(str(error))
     missing, damaged, away = _compare(folder, manifest, verify, problems)
-    if manifest is not None and is_step and (must_be_step or folder.absolute().name.isdigit()):
+    if manifest is not None and is_step and (must_be_step or manifest.step is None or folder.absolute().name.isdigit()):
         problems += name_problems(folder.absolute(), manifest)
     trainer = _trainer(folder, manifest, problems) if is_step else {}
     config, specs = _model(folder, problems)
-    state = _train_state_specs(folder)
+    state = _headers(sorted((folder / TRAIN_STATE).glob("*.safetensors")))
     kept = {kind: _files_of_kind(folder, kind) for kind in KINDS}
     return {
         "path": str(folder),
@@ -206,13 +207,9 @@ def _headers(files: Sequence[Path]) -> dict[str, TensorSpec]:
     return {name: spec for name, spec in specs.items() if not is_legacy_buffer(name)}
 
 
-def _train_state_specs(folder: Path) -> dict[str, TensorSpec]:
-    return _headers(sorted((folder / TRAIN_STATE).glob("*.safetensors")))
-
-
 def _notes(folder: Path, manifest: Manifest | None, is_step: bool, verify: bool) -> list[str]:
     notes = []
-    if is_step and manifest is not None and not folder.absolute().name.isdigit():
+    if is_step and manifest is not None and manifest.step is not None and not folder.absolute().name.isdigit():
         notes.append(f"a run resumes only from folders named by their step: this one would have to be called {manifest.step}")
     if verify and manifest is None:
         notes.append(f"contents cannot be verified without a {MANIFEST}; the headers of the files have been")
@@ -286,14 +283,14 @@ def _folder_in_words(facts: Facts) -> list[str]:
     if training:
         rows += _training_rows(training)
     dtypes = " and ".join(facts["weight_dtypes"]) or "none that can be read"
-    rows.append(("weights", f"{_bytes(sizes['weights'])} in {_files(counts['weights'])}, {dtypes}"))
+    rows.append(("weights", f"{readable_bytes(sizes['weights'])} in {_files(counts['weights'])}, {dtypes}"))
     if facts["kind"] == "step":
         states = "optimizer states" if facts["has_optimizer_states"] else "no optimizer states"
         masters = "fp32 masters" if facts["has_masters"] else "no fp32 masters" + (" (the weights are fp32)" if dtypes == "float32" else "")
-        rows.append(("training state", f"{_bytes(sizes['train_state'])} in {_files(counts['train_state'])}, {states}, {masters}"))
-    rows.append(("other", f"{_bytes(sizes['other'])} in {_files(counts['other'])}"))
+        rows.append(("training state", f"{readable_bytes(sizes['train_state'])} in {_files(counts['train_state'])}, {states}, {masters}"))
+    rows.append(("other", f"{readable_bytes(sizes['other'])} in {_files(counts['other'])}"))
     if away["files"]:
-        rows.append(("on other hosts", f"{_bytes(away['bytes'])} in {_files(len(away['files']))}"))
+        rows.append(("on other hosts", f"{readable_bytes(away['bytes'])} in {_files(len(away['files']))}"))
     what = "a training step" if facts["kind"] == "step" else "a model without training state"
     how = "complete" + (", every byte verified" if facts["verified"] else "") if facts["is_complete"] else _defect(facts)
     lines = [f"{facts['path']}: {what}, {how}", *(f"  {name:<16}{text}" for name, text in rows)]
@@ -341,16 +338,18 @@ def _root_in_words(facts: Facts) -> list[str]:
     lines = [f"{facts['path']}: {_counted(num_steps, 'step')}, {newest if num_steps else 'nothing to resume'}"]
     for step in facts["steps"]:
         training = step["training"]
-        size = _bytes(sum(step["bytes"].values()))
+        size = readable_bytes(sum(step["bytes"].values()))
         at = f"{training['position']} sequences" if training["position"] is not None else ""
         state = "complete" + (", verified" if step["verified"] else "") if step["is_complete"] else _first_problem(step)
         lines.append(f"  {Path(step['path']).name:<12}{at:>18}{size:>10}  {state}")
     holder = facts["lock_held_by"]
     for rest in facts["partials"]:
         what = "a save that is going on, or was cut off" if holder else "a save that was cut off; the next run here removes it"
-        lines.append(f"  {rest['name']:<12}{'':>18}{_bytes(rest['bytes']):>10}  {what}")
+        lines.append(f"  {rest['name']:<12}{'':>18}{readable_bytes(rest['bytes']):>10}  {what}")
     for rest in facts["set_aside"]:
-        lines.append(f"  {rest['name']:<12}{'':>18}{_bytes(rest['bytes']):>10}  set aside, never resumed from; delete it when you like")
+        lines.append(
+            f"  {rest['name']:<12}{'':>18}{readable_bytes(rest['bytes']):>10}  set aside, never resumed from; delete it when you like"
+        )
     return [*lines, f"  lock: {'held by ' + holder if holder else 'free, no job is running here as far as this host sees'}"]
 
 
@@ -359,11 +358,6 @@ def _first_problem(step: Facts) -> str:
         return f"one host's part, whole in itself; {_files(len(step['on_other_hosts']['files']))} are on other hosts"
     more = len(step["problems"]) - 1
     return f"NOT complete: {step['problems'][0]}" + (f" (and {more} more: inspect {step['path']})" if more else "")
-
-
-def _bytes(count: int) -> str:
-    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
-    return next(f"{count / unit:.3g} {name}" for unit, name in units if count >= unit or unit == 1)
 
 
 def _number(count: int) -> str:
@@ -386,11 +380,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     arguments = parser.parse_args(argv)
     try:
-        facts = inspect(arguments.folder.expanduser(), verify=arguments.verify)
+        with explained_system_errors():
+            facts = inspect(expanded(arguments.folder), verify=arguments.verify)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(facts, indent=2) if arguments.json else "\n".join(in_words(facts)))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    text = json.dumps(facts, indent=2) if arguments.json else "\n".join(in_words(facts))
+    print(text.encode(errors="backslashreplace").decode())  # a damaged file may hold what cannot be printed
     return 0 if facts["is_complete"] else 1
 
 

@@ -46,7 +46,8 @@ class JobLock:
         return self
 
     def release(self) -> None:
-        """Free the lock; the file stays, unless ``remove`` was called, with the last owner's name in it: its room on a disk that has filled up meanwhile is what lets the next owner write his."""
+        """Free the lock; the file stays, unless ``remove`` was called, with the last owner's name in it: its room on a disk that has
+        filled up meanwhile is what lets the next owner write his."""
         if self._descriptor is not None:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             self._close()

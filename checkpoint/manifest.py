@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.model_folder import read_json_object
+from checkpoint.model_folder import is_file_name, read_json_object
 from checkpoint.tensor_file import CHUNK_BYTES, FileRecord, write_json_file
 from user_error import UserError
 
@@ -189,5 +189,6 @@ def _record(name: str, entry: Any) -> FileRecord:
 
 
 def _is_inside(name: str) -> bool:
-    """A name from disk or wire never leads out of its folder."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
+    """A name from disk or wire names a file, and never leads out of its folder."""
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and all(map(is_file_name, path.parts))

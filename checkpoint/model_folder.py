@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint.command import expanded
 from checkpoint.hivemind_int8 import Int8File, dequantised
 from checkpoint.legacy_layers import is_layer_shard_folder, open_layer_shards
 from checkpoint.tensor_file import TensorSource
-from checkpoint.weight_file import FETCH_AGAIN, StoredWeight, TensorSpec, open_weight_file
+from checkpoint.weight_file import FETCH_AGAIN, StoredWeight, TensorSpec, is_text, open_weight_file
 from modules.families import canonical_name, is_legacy_buffer, read_model_config
 from modules.model_config import ModelConfig
 from modules.stage import Stage, meta_stage
@@ -31,6 +32,7 @@ from user_error import UserError
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_LISTED = 10
+MAX_NAME_BYTES = 255  # of Linux's filesystems
 HUB_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -42,7 +44,7 @@ def resolve_model_folder(name: str, *, weights: bool = True) -> Path:
     """
     if not name.strip():
         raise UserError("the name of a model or tokenizer is empty. Give a folder or a name on the hub.")
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     if path.exists():
@@ -216,13 +218,19 @@ def load_stage(stage: Stage, folder: ModelFolder) -> None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; UserError if there is none."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} must be a file, and is a pipe or a device. {FETCH_AGAIN}")  # a pipe would be waited for
         content = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"the folder {path.parent} has no {path.name}. {FETCH_AGAIN}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Check its permissions and its disk.") from error
     except ValueError as error:  # not JSON, or not even UTF-8
         raise UserError(f"{path} is not valid JSON: {error}. {FETCH_AGAIN}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid JSON of ours: it is nested too deeply. {FETCH_AGAIN}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, it holds a {type(content).__name__}. {FETCH_AGAIN}")
     return content
@@ -246,7 +254,7 @@ def _open_single(path: Path) -> list[tuple[str, StoredWeight]]:
 def _open_shards(index: Path) -> list[tuple[str, StoredWeight]]:
     """(name, where it lies), after the index and the shards have been compared both ways. Buffers may lack on either side."""
     weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(is_file_name(file) and is_text(name) for name, file in weight_map.items()):
         raise UserError(f"{index} must hold a weight_map from tensor names to files beside it. {FETCH_AGAIN}")
     weight_map = {name: file for name, file in weight_map.items() if not is_legacy_buffer(name)}
     shards = {file: open_weight_file(index.parent / file) for file in sorted(set(weight_map.values()))}
@@ -257,6 +265,13 @@ def _open_shards(index: Path) -> list[tuple[str, StoredWeight]]:
     if problems:
         raise UserError(f"{index} and its files disagree: " + "; ".join(problems) + f". {FETCH_AGAIN}")
     return [(name, StoredWeight(shards[file], name)) for name, file in found]
+
+
+def is_file_name(name: object) -> bool:
+    """True for what can name a file beside the one that it is read from."""
+    if not is_text(name) or name in ("", ".."):
+        return False
+    return Path(name).name == name and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def _hub_snapshot(name: str, weights: bool) -> Path:

@@ -10,9 +10,12 @@ wait for each other, so ``latest`` may name a step of which a stage is missing: 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+
+import torch
 
 from checkpoint.legacy_layers import hugging_face_name
 from checkpoint.weight_file import StoredWeight, WeightFile, open_weight_file
@@ -22,9 +25,10 @@ from modules.stage import EMBEDDINGS, LM_HEAD, layer_key_of_index
 from user_error import UserError
 
 LATEST = "latest"
-_STAGE_FILE = re.compile(r"prank_(\d+)_checkpoint\.pt")
-_STEP_FOLDER = re.compile(r"(?:checkpoint_)?(\d+)")
-_KEY = re.compile(r"(\d+)\.(.+)")
+MAX_LISTED = 10
+_STAGE_FILE = re.compile(r"prank_(0|[1-9][0-9]{0,8})_checkpoint\.pt")
+_STEP_FOLDER = re.compile(r"(?:checkpoint_)?([0-9]{1,18})")
+_KEY = re.compile(r"([0-9]{1,9})\.(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,8 @@ def open_stage_checkpoint(path: Path, config: ModelConfig) -> StageCheckpoint:
 def _latest(root: Path) -> int | None:
     """The step that ``root``/latest names; None without such a file, or if it names none."""
     try:
+        if not (root / LATEST).is_file():  # a pipe would be waited for
+            return None
         text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
@@ -95,14 +101,16 @@ def _number(folder: Path) -> int:
 def _open_step(folder: Path, config: ModelConfig) -> StageCheckpoint:
     """All stages of one step, strictly."""
     found = {int(match[1]): entry for entry in folder.iterdir() if (match := _STAGE_FILE.fullmatch(entry.name))}
-    missing = [f"prank_{s}_checkpoint.pt" for s in range(max(found, default=0) + 1) if s not in found]
+    missing = [f"prank_{s}_checkpoint.pt" for s in _gaps(found, at_least=1)]
     if missing:
         cure = "Each machine writes only its own stages: copy them all into one folder, or take an older step."
         raise UserError(f"{folder} is incomplete: {', '.join(missing)} missing, of a model in at least {len(found) + 1} stages. {cure}")
     weights: list[tuple[str, StoredWeight]] = []
     layers_per_stage: list[int] = []
+    files: list[WeightFile] = []
     for stage in sorted(found):
         file = open_weight_file(found[stage])
+        files.append(file)
         parts = _parts(file, config.names)
         _check_ends(file, parts, is_first=stage == 0, is_last=stage == max(found))
         first = sum(layers_per_stage)
@@ -113,11 +121,30 @@ def _open_step(folder: Path, config: ModelConfig) -> StageCheckpoint:
             k, short = _split(file, name)
             weights.append((hugging_face_name(keys[k], short, config.names), StoredWeight(file, name)))
         layers_per_stage.append(len(layer_positions))
+    _check_dtypes(files, config.names)
     if sum(layers_per_stage) != config.num_layers:
         seen = f"the stages of {folder} hold {' + '.join(map(str, layers_per_stage))} = {sum(layers_per_stage)} layers"
         cure = "Give the config.json of this very model with --config-name, or all stages of one run."
         raise UserError(f"{seen}, and the config.json of the model says {config.num_layers}. {cure}")
     return StageCheckpoint(folder=folder, weights=tuple(weights), layers_per_stage=tuple(layers_per_stage))
+
+
+def _gaps(numbers: Collection[int], *, at_least: int = 0) -> list[int]:
+    """The first few that lack of 0 .. the largest of ``numbers``, which a stranger's file may make very large; of 0 .. at_least - 1."""
+    stop = max(max(numbers, default=-1) + 1, at_least)
+    return list(islice((k for k in range(stop) if k not in numbers), MAX_LISTED))
+
+
+def _check_dtypes(files: Sequence[WeightFile], names: ModelNames) -> None:
+    """Raise UserError if the layers of two stages differ in dtype: they were saved by two runs."""
+    first: dict[str, tuple[WeightFile, torch.dtype]] = {}
+    for file in files:
+        for name, spec in file.specs.items():
+            short = _split(file, name)[1]
+            other, dtype = first.setdefault(short, (file, spec.dtype))
+            if dtype != spec.dtype and dtype.is_floating_point and not short.endswith(names.buffers):
+                seen = f"{short} is {dtype} in {other.path} and {spec.dtype} in {file.path}"
+                raise UserError(f"all stages must have one dtype, and {seen}: stages of two runs lie in one folder. Keep those of one.")
 
 
 def _split(file: WeightFile, name: str) -> tuple[int, str]:
@@ -133,7 +160,7 @@ def _parts(file: WeightFile, names: ModelNames) -> list[str]:
     for name in file.specs:
         k, short = _split(file, name)
         inner.setdefault(k, set()).add(short.partition(".")[0])
-    gaps = [k for k in range(max(inner, default=-1) + 1) if k not in inner]
+    gaps = _gaps(inner)
     if gaps:
         raise UserError(
             f"{file.path} must hold its stage's parts 0 to {max(inner)}; it lacks {gaps}. Copy it again, or take an older step."

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -95,13 +95,14 @@ class SafetensorsFile:
         self.path = path
         self._data_start, header = _read_header(path)
         self._begin: dict[str, int] = {}
-        self.specs: dict[str, TensorSpec] = {}
         end_of_data = 0
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end, spec = _parse_entry(path, name, entry)
-            self._begin[name], self.specs[name], end_of_data = begin, spec, max(end_of_data, end)
+        entries = [(name, *_parse_entry(path, name, entry)) for name, entry in header.items() if name != "__metadata__"]
+        for name, begin, end, _ in sorted(entries, key=lambda entry: entry[1:3]):
+            if begin != end_of_data:
+                where = f"the tensor {name} begins at byte {begin}, and the one before it ends at {end_of_data}"
+                raise UserError(f"{path} is damaged: its tensors must lie one after the other, and {where}. {FETCH_AGAIN}")
+            self._begin[name], end_of_data = begin, end
+        self.specs = {name: spec for name, _, _, spec in entries}
         expected, seen = self._data_start + end_of_data, path.stat().st_size
         if seen != expected:
             state = "truncated" if seen < expected else "damaged"
@@ -140,9 +141,11 @@ class TorchFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
         except Exception as error:  # the bytes of a foreign file decide what is raised: zip, pickle, key, attribute, end of file ...
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if "Weights only load failed" in str(error):  # torch's text advises to run the code
+                reason = "it contains something other than tensors; its code was not run"
             what = f"{path} ({path.stat().st_size} bytes) cannot be read as a file of tensors"
             raise UserError(f"{what}, it is truncated or holds something else: {reason}. {FETCH_AGAIN}") from error
-        if not isinstance(content, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in content.items()):
+        if not isinstance(content, dict) or not all(is_text(k) and _is_plain(v) for k, v in content.items()):
             raise UserError(f"{path} must hold a dict of named tensors, as save_pretrained writes; it holds something else. {FETCH_AGAIN}")
         self._tensors = {name: tensor.detach() for name, tensor in content.items()}
         self.specs = {name: TensorSpec(dtype=tensor.dtype, shape=tensor.shape) for name, tensor in self._tensors.items()}
@@ -218,19 +221,46 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
             raise UserError(f"{path} is truncated: expected at least {8 + length} bytes, seen {size}. {FETCH_AGAIN}")
         text = file.read(length) if length <= MAX_HEADER_BYTES else b""
     try:
-        header = json.loads(text)
-    except ValueError as error:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: its header names {error.args[0]!r} twice. {FETCH_AGAIN}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} ({size} bytes) is not a safetensors file: its header cannot be read. {FETCH_AGAIN}") from error
     if not isinstance(header, dict):
         raise UserError(f"{path} is not a safetensors file: its header is no table of tensors. {FETCH_AGAIN}")
     return 8 + length, header
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads, which keeps the last of two. Raises KeyError with the name that is there twice."""
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise KeyError(name)
+        table[name] = value
+    return table
+
+
+def is_text(name: object) -> TypeGuard[str]:
+    """True for a string that can be printed and written: JSON and pickles can also hold halves of UTF-16 pairs, and zeros."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
     """(begin, end, spec) of one tensor in a header that a stranger may have written."""
-    damaged = f"{path} is damaged: its header does not describe the tensor {name} as dtype, shape and bytes that fit. {FETCH_AGAIN}"
+    damaged = (
+        f"{path} is damaged: its header does not describe the tensor {ascii(name)[1:-1]} as dtype, shape and bytes that fit. {FETCH_AGAIN}"
+    )
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not is_text(name) or not isinstance(dtype_name, str):
+            raise UserError(damaged)
         if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
             raise UserError(damaged)
     except (KeyError, TypeError, ValueError) as error:

@@ -6,11 +6,13 @@ once spares every later start from reading ``.bin`` files, and proves that the m
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint.atomic_folder import check_target
+from checkpoint.command import expanded, explained_system_errors
 from checkpoint.companions import tokenizer_files
 from checkpoint.conversion import plan_conversion
 from checkpoint.layered_folder import write_model_folder
@@ -25,7 +27,8 @@ def main(model_type: str, argv: Sequence[str] | None = None) -> int:
     """The script for ``model_type``; returns its exit status."""
     arguments = parse_arguments(model_type, argv)
     try:
-        convert(model_type, arguments)
+        with explained_system_errors():
+            convert(model_type, arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -51,14 +54,14 @@ def parse_arguments(model_type: str, argv: Sequence[str] | None) -> argparse.Nam
 
 def target_folder(model_name: str, save_dir: Path) -> Path:
     """``save_dir``/<hub name with / as _>, or for a local folder <its last path component>."""
-    if Path(model_name).expanduser().is_dir():
-        return save_dir / Path(os.path.abspath(Path(model_name).expanduser())).name
+    if expanded(model_name).is_dir():
+        return save_dir / Path(os.path.abspath(expanded(model_name))).name
     return save_dir / model_name.replace("/", "_")
 
 
 def convert(model_type: str, arguments: argparse.Namespace) -> None:
     """The whole job; raises UserError for whatever the user can cure, and then has written nothing."""
-    target = target_folder(arguments.model_name, arguments.save_dir.expanduser())
+    target = target_folder(arguments.model_name, expanded(arguments.save_dir))
     if not arguments.plan:
         check_target(target)  # before anything is downloaded
     opened = open_source(resolve_model_folder(arguments.model_name), model_type, "from_hf", arguments.config_name)
@@ -79,6 +82,7 @@ def convert(model_type: str, arguments: argparse.Namespace) -> None:
     print(f"wrote {target}: {config.num_layers} layers, embeddings and head, {size}")
     print("next, once per device, with that device's rank R of N:")
     print(
-        f"  python dist_clm_train.py --model-name {target} --task-name DATA.jsonl --checkpoint-path model_checkpoints/{target.name} "
+        f"  python dist_clm_train.py --model-name {shlex.quote(str(target))} --task-name DATA.jsonl "
+        f"--checkpoint-path {shlex.quote(f'model_checkpoints/{target.name}')} "
         "--total-steps STEPS --dist-url tcp://HOST:PORT --world-size N --rank R --pipeline-group-size STAGES --data-group-size REPLICAS"
     )

@@ -5,12 +5,15 @@ names. The checkpoints of this trainer's relatives need it.
 """
 
 import argparse
+import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint.atomic_folder import check_target
+from checkpoint.command import expanded, explained_system_errors
 from checkpoint.companions import tokenizer_files
 from checkpoint.conversion import plan_conversion
 from checkpoint.hf_folder import write_hf_folder
@@ -25,7 +28,8 @@ def main(model_type: str, argv: Sequence[str] | None = None) -> int:
     """The script for ``model_type``; returns its exit status."""
     arguments = parse_arguments(model_type, argv)
     try:
-        convert(model_type, arguments)
+        with explained_system_errors():
+            convert(model_type, arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -53,7 +57,7 @@ def parse_arguments(model_type: str, argv: Sequence[str] | None) -> argparse.Nam
 
 def parse_size(text: str) -> int:
     """'5GB' -> 5_000_000_000. Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise UserError(f"--max-shard-size must be a positive number of bytes such as 5GB or 500MB; it is {text!r}")
@@ -71,6 +75,8 @@ def check_stages(num_layers: int, found: tuple[int, ...] | None, num_stages: int
     cure = "Correct the numbers or leave both out."
     if num_stages < 1 or layers_per_stage < 1 or num_stages * layers_per_stage < num_layers:
         raise UserError(f"the stages must cover all {num_layers} layers of this model, and {given} do not. {cure}")
+    if num_stages > num_layers + 2:  # embeddings and head may have stages of their own
+        raise UserError(f"{num_layers} layers, embeddings and head are in at most {num_layers + 2} stages, and {given}. {cure}")
     if found is not None:
         said = tuple(min(layers_per_stage, max(0, num_layers - s * layers_per_stage)) for s in range(num_stages))
         if said != found:
@@ -83,10 +89,10 @@ def check_stages(num_layers: int, found: tuple[int, ...] | None, num_stages: int
 def convert(model_type: str, arguments: argparse.Namespace) -> None:
     """The whole job; raises UserError for whatever the user can cure, and then has written nothing."""
     max_shard_bytes = parse_size(arguments.max_shard_size)
-    target = arguments.save_path.expanduser()
+    target = expanded(arguments.save_path)
     if not arguments.plan:
         check_target(target)
-    opened = open_source(arguments.ckpt_path.expanduser(), model_type, "to_hf", arguments.config_name)
+    opened = open_source(expanded(arguments.ckpt_path), model_type, "to_hf", arguments.config_name)
     config, source = opened.config, opened.folder
     dtype = chosen_dtype(source, arguments.dtype)
     check_stages(config.num_layers, opened.layers_per_stage, arguments.n_stages, arguments.n_layer_per_stage)
@@ -102,4 +108,6 @@ def convert(model_type: str, arguments: argparse.Namespace) -> None:
         print(f"note: {source.path} holds no tokenizer, so {target} holds none either")
     print(f"wrote {target}: {len(plan.tensors)} tensors in {len(plan.files)} file(s), {plan.num_bytes / 1e9:.3f} GB")
     print("next:")
-    print(f"""  python -c 'from transformers import pipeline; print(pipeline("text-generation", "{target}")("Hello"))'""")
+    path = json.dumps(str(target), ensure_ascii=False)
+    code = f'from transformers import pipeline; print(pipeline("text-generation", {path})("Hello"))'
+    print(f"  python -c {shlex.quote(code)}")

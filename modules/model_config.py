@@ -5,6 +5,7 @@ knows models through this interface alone. Which families there are: families.py
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +13,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 from user_error import UserError
+
+# Of these a file claims more only by mistake. Two widths make a matrix, whose bytes must be countable in 64 bits.
+_LARGEST = {"n_layer": 10_000, "num_hidden_layers": 10_000} | dict.fromkeys(
+    ("vocab_size", "n_embd", "n_inner", "hidden_size", "intermediate_size"), 2**28
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,8 @@ class ModelNames:
     def layer_index(self, name: str) -> int | None:
         """17 for ``<trunk>.<layers>.17.anything``; None for what belongs to no layer."""
         parts = name.split(".")
-        return int(parts[2]) if parts[:2] == [self.trunk, self.layers] and len(parts) > 3 and parts[2].isdecimal() else None
+        is_layer = parts[:2] == [self.trunk, self.layers] and len(parts) > 3
+        return int(parts[2]) if is_layer and re.fullmatch("[0-9]{1,9}", parts[2]) else None
 
     def is_buffer(self, name: str) -> bool:
         """True for the tensors of old files that are dropped on read and never written."""
@@ -77,7 +84,8 @@ class ModelConfig:
 def read_numbers(
     config: Mapping[str, Any], family: str, *, counts: Iterable[str], positives: Iterable[str], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The entries of ``config`` by name, ``defaults`` where they are left out: ``counts`` whole and at least 1, ``positives`` above 0.
+    """The entries of ``config`` by name, ``defaults`` where they are left out: ``counts`` whole, at least 1 and of a size that
+    a model can have, ``positives`` above 0.
 
     Raises UserError with all that are not.
     """
@@ -85,8 +93,11 @@ def read_numbers(
     wrong: list[str] = []
     for key in counts:
         found[key] = value = config.get(key, defaults.get(key))
+        largest = _LARGEST.get(key, 2**31 - 1)
         if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             wrong.append(f"{key} {value!r} (a whole number of at least 1)")
+        elif value > largest:
+            wrong.append(f"{key} {value} (a whole number of at most {largest})")
     for key in positives:
         found[key] = value = config.get(key, defaults.get(key))
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):

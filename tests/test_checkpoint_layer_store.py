@@ -133,7 +133,7 @@ def test_kill_9_at_every_point_of_a_conversion_leaves_nothing_or_the_whole_folde
             assert verify_step(tmp_path / "out" / "model", hashes=True) == []
         else:
             convert()
-        assert os.listdir(tmp_path / "out") == ["model"]
+        assert {*os.listdir(tmp_path / "out")} - {".model.partial.lock"} == {"model"}  # the lock stays after a death after the rename
         assert same_bytes(tensors_of(tmp_path / "out" / "model"), tensors_of(model))
         shutil.rmtree(tmp_path / "out")
         if not died:

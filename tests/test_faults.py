@@ -211,7 +211,7 @@ def test_a_save_that_fails_leaves_no_rest_behind(flags: dict[str, Any], tmp_path
         tmp_path / "ranks", expect=1, before=before, **{**flags, "pipeline_group_size": 1, "data_group_size": 1, "world_size": 1}
     )
     assert "No space left on device" in process.text and "Traceback" not in process.text
-    assert sorted(path.name for path in Path(flags["checkpoint_path"]).iterdir()) == [".lock", "train_log.jsonl"]
+    assert sorted(path.name for path in Path(flags["checkpoint_path"]).iterdir()) == [".lock", ".run.json", "train_log.jsonl"]
 
 
 def test_two_single_process_jobs_need_no_port_of_their_own(flags: dict[str, Any], tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def runs(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     original = Saver.save
 
     @torch.no_grad()
-    def note_and_save(self: Saver, step: int, *arguments: Any) -> float:
+    def note_and_save(self: Saver, step: int, *arguments: Any, **flags: Any) -> float:
         stage, prefix = self._stage, f"{self._job.place.pp_size}-{step}"
         before, after = root / f"{prefix}-{stage.first}.pt", root / f"{prefix}-{stage.last}.pt"
         while stage.first > 0 and not before.exists():
@@ -327,7 +327,7 @@ def runs(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
         x = stage(ids if stage.first == 0 else torch.load(before), segments)
         torch.save(stage.logits(x) if stage.has_head else x, after.with_suffix(".partial"))
         after.with_suffix(".partial").rename(after)
-        return original(self, step, *arguments)
+        return original(self, step, *arguments, **flags)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "save", note_and_save)

@@ -50,6 +50,7 @@ HEAVY_HEAD = GPTJConfig(
     num_heads=4,
     inner_width=128,
     rotary_dim=4,
+    rotary_base=10000.0,
     layer_norm_epsilon=1e-5,
     initializer_range=0.02,
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
-from harness import Process, equal_files, free_port, launch, log_rows, losses, train, train_argv
+from harness import eight_sequences, equal_files, log_rows, losses, steps_in, train, train_on_hosts
 from transformers import AutoModelForCausalLM
 
 STEPS = 8
@@ -18,19 +18,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def flags(model_folder: Path, tasks: list[Path]) -> dict[str, Any]:
-    """Eight sequences per optimizer step in micro-batches of one, eight accumulation steps of whatever size."""
-    return {
-        "model_name": model_folder,
-        "task_name": f"{tasks[0]},{tasks[1]}:0.2",
-        "seq_length": 32,
-        "micro_batch_size": 1,
-        "batch_size": 8,
-        "lr": 1e-3,
-        "lr_schedule": "constant",  # so that a run that stops early is the beginning of a longer one
-        "total_steps": 4,
-        "checkpoint_steps": 1,
-        "logging_steps": 1,
-    }
+    return eight_sequences(model_folder, tasks)
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +36,6 @@ def copy_until(run: Path, step: int, target: Path) -> Path:
         if folder.name.isdigit() and int(folder.name) <= step:
             shutil.copytree(folder, target / folder.name)
     return target
-
-
-def train_on_hosts(
-    tmp_path: Path, roots: list[Path], *, stages: int, expect: int = 0, before: Callable[[int], None] | None = None, **flags: Any
-) -> list[Process]:
-    """Ranks that each see the --checkpoint-path of their own entry in ``roots``, as hosts without a shared disk do."""
-    common = {"pipeline_group_size": stages, "world_size": len(roots), "dist_url": f"tcp://127.0.0.1:{free_port()}", "num_threads": 1}
-    common |= {"device": "cpu", "rendezvous_timeout": 30, **flags}
-    processes = launch(lambda rank: train_argv(**common, rank=rank, checkpoint_path=roots[rank]), len(roots), tmp_path / "ranks", before)
-    try:
-        for process in processes:
-            assert process.wait(90) == expect or expect is None, "\n".join(p.text for p in processes)
-    finally:
-        for process in processes:
-            process.kill()
-    return processes
-
-
-def steps_in(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.name[0].isdigit())
 
 
 GRIDS = {

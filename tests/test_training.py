@@ -157,7 +157,7 @@ def test_every_checkpoint_loads_with_from_pretrained_and_equals_the_trainers_own
     ids = torch.arange(5, 29)[None]
     segments = Segments.from_positions(torch.arange(24)[None])
 
-    def note_and_save(saver: Any, step: int, *arguments: Any) -> float:
+    def note_and_save(saver: Any, step: int, *arguments: Any, **flags: Any) -> float:
         stage = saver._stage
         with torch.no_grad():
             x = ids
@@ -170,7 +170,7 @@ def test_every_checkpoint_loads_with_from_pretrained_and_equals_the_trainers_own
             partial = tmp_path / f"partial_{step}_{stage.last}.pt"
             torch.save(y, partial)
             partial.rename(tmp_path / f"hidden_{step}_{stage.last}.pt")
-        return original(saver, step, *arguments)
+        return original(saver, step, *arguments, **flags)
 
     monkeypatch.setattr(saving.Saver, "save", note_and_save)
     train(tmp_path, stages=stages, checkpoint_path=tmp_path / "run", **flags)

@@ -96,6 +96,8 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
         for name in _newer(in_sight, root, point):
             if (root / name).is_dir():
                 log.warning("%s is newer than the start of this run and is kept as %s", root / name, set_aside(root / name))
+    if desk is not None:
+        _note_run(root, token)
     job.wait_for_all()
     return start, desk
 
@@ -126,14 +128,21 @@ def _run_token(job: Job, root: Path) -> tuple[str, bool]:
     path = root / RUN_FILE
     launcher = {"run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "agent": os.getppid()}
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0 and path.is_file():
-        known = read_json_object(path)
+        try:
+            known = read_json_object(path)
+        except UserError:  # cut off while it was written
+            known = {}
         same_id = launcher["run_id"] not in (None, "none") and known.get("run_id") == launcher["run_id"]
-        if same_id or known.get("agent") == launcher["agent"]:
+        if "token" in known and (same_id or known.get("agent") == launcher["agent"]):
             return str(known["token"]), True
-    token = secrets.token_hex(8)
+    return secrets.token_hex(8), False
+
+
+def _note_run(root: Path, token: str) -> None:
+    """On rank 0, when nothing is refused any more: what _run_token of a restart looks for."""
+    launcher = {"run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "agent": os.getppid()}
     with contextlib.suppress(OSError):  # a full disk can still be resumed from
-        path.write_text(json.dumps({"token": token, **launcher}))
-    return token, False
+        (root / RUN_FILE).write_text(json.dumps({"token": token, **launcher}))
 
 
 def _find_point(job: Job, config: Config, root: Path, token: str, is_restart: bool) -> ResumePoint | None:
