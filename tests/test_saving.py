@@ -109,7 +109,7 @@ def test_training_goes_on_while_a_step_is_written_and_the_files_are_those_of_the
         ours, theirs = (read_trainer_state(folder / step) for folder in (run, waiting_run))
         assert ours["data"]["next_sequence_index"] == ours["position"] == 2 * int(step), "the reader is ahead of it"
         assert read_manifest(run / step).position == 2 * int(step)
-        own = ("flags", "cut", "grid")
+        own = ("flags", "cut", "grid", "run_token")
         assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in theirs.items() if k not in own}
     assert losses(run) == losses(waiting_run)
     waited = stalls(run)

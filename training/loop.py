@@ -232,7 +232,7 @@ class Trainer:
             self._has_prepared = True
             self._saver.prepare()
         if every and self._step // every > before // every:
-            self._save()
+            self._save(is_last=self._optimizer_step >= self._num_updates)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self._saver.wait()
             self._job.wait_for_all()  # rank 0 may still be committing a checkpoint
