@@ -142,12 +142,13 @@ def check_numbers(folder, expected, dtype):
                 assert int(flat.count_nonzero()) == (4 if number else 0), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["kept", "fp16"])
-@pytest.mark.parametrize("convert", [to_layers, to_hf])
-@pytest.mark.parametrize("write_source", SOURCES)
+# Each source goes two ways out of four, one of them all four.
+WAYS = [(source, way, dtype) for source in SOURCES for way, dtype in ((to_layers, torch.float32), (to_hf, torch.float16))]
+WAYS += [(bin_shards, to_layers, torch.float16), (bin_shards, to_hf, torch.float32)]
+
+
+@pytest.mark.parametrize(("write_source", "convert", "dtype"), WAYS)
 def test_a_conversion_takes_at_most_twice_its_largest_tensor(write_source, convert, dtype, tmp_path, monkeypatch):
-    if (convert, dtype) not in ((to_layers, torch.float32), (to_hf, torch.float16)) and write_source is not bin_shards:
-        pytest.skip("each source goes two ways out of four, one of them all four")
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     source = tmp_path / "source"
     source.mkdir()

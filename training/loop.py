@@ -32,7 +32,7 @@ from training.plan import PipelinePlan, agree_on_plan
 from training.replicas import check_replicas_alike
 from training.report import Report
 from training.saving import SaveOptions, Saver
-from training.start import ReadingDesk, Start, agree
+from training.start import ReadingDesk, Start, agree, claim_folder
 from training.stopping import StopRequest
 from training.tracing import TidyProfiler, check_trace_path
 from training.verifying import check_probe, make_probe
@@ -58,6 +58,7 @@ def train(job: Job, config: Config, stop_request: StopRequest) -> None:
         job.spans.enter_phase("measuring layers and links")
         plan = agree_on_plan(job, config)
         job = dataclasses.replace(job, cut=plan.cut)
+        claim_folder(job, Path(config.checkpoint_path), start, desk)
         job.spans.enter_phase("loading weights")
         trainer = Trainer(job, config, start, desk, plan)
         cleanup.callback(trainer.close)

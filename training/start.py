@@ -1,9 +1,9 @@
 """What must be settled before any weight is loaded: who sees which checkpoint folder, where the run goes on, and on rank 0 tokenizer
 and data.
 
-Promises: when agree() returns, all ranks know the same starting point, every folder is locked by this job, and what was newer than the
-starting point has been renamed, so that no later resume takes it for this run's; a UserError of one rank has reached the others through
-the hub instead."""
+Promises: when agree() returns, all ranks know the same starting point and every folder is locked by this job; a UserError of one rank has
+reached the others through the hub instead. After claim_folder(), what is newer than the starting point has been renamed, so that no later
+resume takes it for this run's."""
 
 import contextlib
 import dataclasses
@@ -51,6 +51,7 @@ class Start:
     num_skipped: int = 0
     position: int = 0
     is_finished: bool = False
+    newer: tuple[str, ...] = ()  # the steps in --checkpoint-path that this run will not have come from
     probe: dict[str, Any] | None = None  # what --verify-resume expects of the first batch that is read, which is then not trained on
 
 
@@ -91,15 +92,18 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
         check_same_model(point, job.model_config)
     desk = _open_desk(job, config, start, token, cleanup) if job.place.rank == 0 and not start.is_finished else None
     probe = all_say(job, dist.PrefixStore("start", job.store), "probe", desk.probe if desk is not None else None)[0]
-    start = dataclasses.replace(start, probe=probe)  # rank 0 has refused nothing; only now is anything renamed
-    if not start.is_finished and job.place.rank in folders.keepers:
-        for name in _newer(in_sight, root, point):
+    return dataclasses.replace(start, probe=probe, newer=tuple(_newer(in_sight, root, point))), desk
+
+
+def claim_folder(job: Job, root: Path, start: Start, desk: ReadingDesk | None) -> None:
+    """Called by all ranks when nothing can be refused any more: what is newer than the start gets another name, and the run its mark."""
+    if job.place.rank in start.folders.keepers:
+        for name in start.newer:
             if (root / name).is_dir():
                 log.warning("%s is newer than the start of this run and is kept as %s", root / name, set_aside(root / name))
     if desk is not None:
-        _note_run(root, token)
+        _note_run(root, desk.run_token)
     job.wait_for_all()
-    return start, desk
 
 
 def _complete_commits(job: Job, folders: Folders, root: Path) -> list[list[tuple[str, int | None]]]:
