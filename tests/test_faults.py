@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 from harness import REPOSITORY, Process, free_port, launch, log_rows, losses, train, train_argv
+from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 from checkpoint.layer_store import StepWriter
 from comms.links import ProcessGroupLink
@@ -179,6 +181,23 @@ def test_a_rank_whose_terminal_is_gone_still_ends(flags: dict[str, Any], tmp_pat
     processes = launch(lambda rank: train_argv(**flags, rank=rank, dist_url=url), 4, tmp_path / "ranks", before)
     all_end(processes, 40)
     assert stamp.exists() and processes[2].status not in (0, None)
+
+
+def test_a_rank_that_dies_while_it_writes_a_line_does_not_silence_those_forked_later(flags: dict[str, Any], tmp_path: Path) -> None:
+    """tqdm's own lock is a semaphore which forked processes share, and which the kernel frees for no dead owner."""
+    tqdm.set_lock(TqdmDefaultWriteLock())  # as where the parent of the ranks has shown a bar
+
+    def dies_writing(_: int) -> None:
+        def last_line(text: str, file: Any = None) -> None:
+            with tqdm.get_lock():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        tqdm.write = last_line  # type: ignore[assignment]
+
+    alone = {**flags, "pipeline_group_size": 1, "data_group_size": 1, "world_size": 1, "total_steps": 1}
+    train(tmp_path / "killed", expect=-signal.SIGKILL, before=dies_writing, **alone)
+    (later,) = train(tmp_path / "later", timeout_s=30, **alone)
+    assert "starting at step" in later.text
 
 
 def test_a_save_may_take_longer_than_any_step(flags: dict[str, Any], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from io import FileIO
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 from checkpoint.tensor_file import explained_disk_errors
 from comms.place import Place
@@ -35,6 +37,9 @@ class _LinesAboveTheBar(logging.Handler):
 
 def set_up_logging(place: str) -> None:
     """Log records to stderr as "[dp0/pp1] text"; called again when the place is known."""
+    if isinstance(tqdm.get_lock(), TqdmDefaultWriteLock):
+        # a semaphore that all processes forked from one parent share: a rank that died while it wrote would silence the others for ever
+        tqdm.set_lock(threading.RLock())
     handler = _LinesAboveTheBar()
     handler.setFormatter(logging.Formatter(f"[{place}] %(message)s"))
     for name in ("trainer", "tasks"):
