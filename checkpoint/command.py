@@ -4,7 +4,8 @@ A file that may not be read, a name that is too long, a circle of links, a home 
 raised at too many places to be caught there.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,19 @@ def explained_system_errors() -> Iterator[None]:
         path = "a file" if error.filename is None else str(error.filename)
         reason = error.strerror or str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read or entered: {reason}. Check the path and its permissions.") from error
+
+
+def exit_status(work: Callable[[], int], *, before_error: str = "") -> int:
+    """What ``work`` returns, or, said on stderr behind ``before_error``, 1 for what the user can cure, and 130 for Ctrl-C."""
+    try:
+        with explained_system_errors():
+            return work()
+    except UserError as error:
+        sys.stderr.write(f"{before_error}{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
 
 
 def expanded(path: Path | str) -> Path:

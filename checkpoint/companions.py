@@ -6,14 +6,13 @@ byte for byte.
 """
 
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from checkpoint.model_folder import read_json_object
-from checkpoint.tensor_file import FileRecord, write_file
+from checkpoint.tensor_file import FileRecord, json_bytes, write_file
 from modules.gptneox import GPTNeoXConfig, both_rotary_forms
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -38,7 +37,7 @@ def read_companions(folders: Sequence[Path], *, dtypes: Iterable[torch.dtype]) -
     config = {**read_json_object(folders[0] / CONFIG), "dtype": dtype, "torch_dtype": dtype}
     if config.get("model_type") == GPTNeoXConfig.hf_model_type:
         config = both_rotary_forms(config)
-    contents = {CONFIG: (json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
+    contents = {CONFIG: json_bytes(config)}
     if (folders[0] / GENERATION_CONFIG).is_file():
         contents[GENERATION_CONFIG] = (folders[0] / GENERATION_CONFIG).read_bytes()
     tokenizers = [files for folder in folders if (files := tokenizer_files(folder))]

@@ -11,13 +11,13 @@ from typing import Literal
 
 import torch
 
-from checkpoint.hf_folder import cut_into_shards
+from checkpoint.hf_folder import shards_of
 from checkpoint.layered_folder import file_of_layer
 from checkpoint.legacy_layers import legacy_place
 from checkpoint.model_folder import ModelFolder, check_model_folder, listed
 from checkpoint.weight_file import StoredWeight
 from modules.model_config import ModelConfig
-from modules.stage import layer_key, layer_keys
+from modules.stage import in_model_order, layer_key
 from user_error import UserError
 
 Layout = Literal["layers", "legacy layers", "hugging face"]
@@ -77,9 +77,8 @@ def plan_conversion(
     """
     check_model_folder(source, config)
     place = _places(source, config, layout, dtype, max_shard_bytes)
-    layers = {key: i for i, key in enumerate(layer_keys(config.num_layers))}
     tensors = []
-    for name in sorted(source.names(), key=lambda name: (layers[layer_key(name)], name)):
+    for name in in_model_order(source.names(), config.num_layers):
         file, name_in_file = place(name)
         stored = source.weights[name]
         tensors.append(
@@ -129,13 +128,9 @@ def _places(
         return lambda name: (file_of_layer(layer_key(name)), name)
     if layout == "legacy layers":
         return lambda name: legacy_place(name, config.names)
-    layers = layer_keys(config.num_layers)
-    in_model_order = sorted(source.names(), key=lambda name: (layers.index(layer_key(name)), name))
-    shards = cut_into_shards([source.weights[name].source(name, dtype) for name in in_model_order], max_shard_bytes)
-    number = {tensor.name: i for i, shard in enumerate(shards, start=1) for tensor in shard}
-    if len(shards) == 1:
-        return lambda name: ("model.safetensors", name)
-    return lambda name: (f"model-{number[name]:05d}-of-{len(shards):05d}.safetensors", name)
+    shards = shards_of(source, config, max_shard_bytes=max_shard_bytes, dtype=dtype)
+    file_of = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+    return lambda name: (file_of[name], name)
 
 
 def _same_bytes(source: StoredWeight, written: StoredWeight) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint.atomic_folder import PARTIAL_SUFFIX, atomic_folder, check_target
-from checkpoint.command import expanded, explained_system_errors
+from checkpoint.command import exit_status, expanded
 from checkpoint.companions import CONFIG
 from checkpoint.job_lock import LOCK_NAME, JobLock
 from checkpoint.layered_folder import INDEX, file_of_layer
@@ -215,16 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="write DIR, if it is named by the step, else DIR/<step>")
     parser.add_argument("--step", type=int, metavar="N", help="the step to gather; left out: the newest one that is whole")
     arguments = parser.parse_args(argv)
-    try:
-        with explained_system_errors():
-            gather([expanded(path) for path in arguments.hostdirs], expanded(arguments.out), arguments.step)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> int:
+        gather([expanded(path) for path in arguments.hostdirs], expanded(arguments.out), arguments.step)
+        return 0
+
+    return exit_status(work, before_error="error: ")
 
 
 def _is_step(path: Path) -> bool:

@@ -12,10 +12,11 @@ import torch
 
 from checkpoint.atomic_folder import plan_digest, resumable_folder
 from checkpoint.companions import copy_companions
+from checkpoint.layered_folder import write_index
 from checkpoint.model_folder import ModelFolder, check_model_folder
-from checkpoint.tensor_file import TensorSource, write_json_file, write_tensor_file
+from checkpoint.tensor_file import TensorSource, write_tensor_file
 from modules.model_config import ModelConfig
-from modules.stage import layer_key, layer_keys
+from modules.stage import in_model_order
 
 
 def write_hf_folder(
@@ -33,25 +34,30 @@ def write_hf_folder(
     UserError if a value does not fit ``dtype``.
     """
     check_model_folder(source, config)
-    layers = layer_keys(config.num_layers)
-    in_model_order = sorted(source.names(), key=lambda name: (layers.index(layer_key(name)), name))
-    shards = cut_into_shards([source.weights[name].source(name, dtype) for name in in_model_order], max_shard_bytes)
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(files) == 1:
-        files = ["model.safetensors"]
-    total_bytes = sum(tensor.num_bytes for shard in shards for tensor in shard)
+    shards = shards_of(source, config, max_shard_bytes=max_shard_bytes, dtype=dtype)
+    total_bytes = sum(tensor.num_bytes for shard in shards.values() for tensor in shard)
     plan = plan_digest(source, "hugging face", dtype, max_shard_bytes)
     with resumable_folder(target, plan=plan, num_bytes=total_bytes) as folder:
-        for file, shard in zip(files, shards, strict=True):
+        for file, shard in shards.items():
             if folder.keeps(file):
                 progress(sum(tensor.num_bytes for tensor in shard))
             folder.once(file, partial(write_tensor_file, folder.path / file, shard, relative_to=folder.path, progress=progress))
         if len(shards) > 1:
-            weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json_file(folder.path / "model.safetensors.index.json", index, relative_to=folder.path)
-        copy_companions([source.path], folder.path, dtypes={tensor.dtype for shard in shards for tensor in shard})
-    return [target / file for file in files]
+            weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+            write_index(folder.path, weight_map, total_bytes)
+        copy_companions([source.path], folder.path, dtypes={tensor.dtype for shard in shards.values() for tensor in shard})
+    return [target / file for file in shards]
+
+
+def shards_of(
+    source: ModelFolder, config: ModelConfig, *, max_shard_bytes: int, dtype: torch.dtype | None
+) -> dict[str, list[TensorSource]]:
+    """File name -> the weights that write_hf_folder puts into it, in model order."""
+    names = in_model_order(source.names(), config.num_layers)
+    shards = cut_into_shards([source.weights[name].source(name, dtype) for name in names], max_shard_bytes)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
 def cut_into_shards(tensors: Sequence[TensorSource], max_shard_bytes: int) -> list[list[TensorSource]]:

@@ -21,9 +21,7 @@ Of a --checkpoint-path:
 
 import argparse
 import dataclasses
-import fcntl
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,9 +31,9 @@ from typing import Any
 from tqdm import tqdm
 
 from checkpoint.atomic_folder import PARTIAL_SUFFIX, readable_bytes
-from checkpoint.command import expanded, explained_system_errors
+from checkpoint.command import exit_status, expanded
 from checkpoint.companions import CONFIG
-from checkpoint.job_lock import LOCK_NAME
+from checkpoint.job_lock import LOCK_NAME, lock_holder
 from checkpoint.manifest import MANIFEST, TRAIN_STATE, TRAINER_FILE, Manifest, file_problem, name_problems, read_manifest, step_folders
 from checkpoint.model_folder import ModelFolder, check_model_folder, read_json_object
 from checkpoint.tensor_file import FileRecord
@@ -119,28 +117,6 @@ def inspect_folder(folder: Path, *, verify: bool = False, must_be_step: bool = F
         "damaged": damaged,
         "on_other_hosts": {"files": [record.name for record in away], "bytes": sum(record.size for record in away)},
     }
-
-
-def lock_holder(root: Path) -> str | None:
-    """Who holds ``root``'s lock, in words; None if nobody does, as far as this host sees."""
-    try:
-        descriptor = os.open(root / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a question; closing gives it back at once
-        return None
-    except BlockingIOError:
-        pass
-    except OSError:
-        return None  # a filesystem without locks: no job can hold one
-    finally:
-        os.close(descriptor)
-    try:
-        owner = read_json_object(root / LOCK_NAME)
-    except UserError:
-        return "a job that has not yet written its name"
-    return f"process {owner.get('pid')} of {owner.get('user')} on {owner.get('host')}, started at {owner.get('started_at')}"
 
 
 def _compare(
@@ -379,18 +355,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read everything and compare it with the sha256 of the manifest")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     arguments = parser.parse_args(argv)
-    try:
-        with explained_system_errors():
-            facts = inspect(expanded(arguments.folder), verify=arguments.verify)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    text = json.dumps(facts, indent=2) if arguments.json else "\n".join(in_words(facts))
-    print(text.encode(errors="backslashreplace").decode())  # a damaged file may hold what cannot be printed
-    return 0 if facts["is_complete"] else 1
+
+    def work() -> int:
+        facts = inspect(expanded(arguments.folder), verify=arguments.verify)
+        text = json.dumps(facts, indent=2) if arguments.json else "\n".join(in_words(facts))
+        print(text.encode(errors="backslashreplace").decode())  # a damaged file may hold what cannot be printed
+        return 0 if facts["is_complete"] else 1
+
+    return exit_status(work, before_error="error: ")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,24 @@ class JobLock:
             self._descriptor = None
 
 
+def lock_holder(root: Path) -> str | None:
+    """Who holds ``root``'s lock, in words; None if nobody does, as far as this host sees."""
+    try:
+        descriptor = os.open(root / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a question; closing gives it back at once
+        return None
+    except BlockingIOError:
+        pass
+    except OSError:
+        return None  # a filesystem without locks: no job can hold one
+    finally:
+        os.close(descriptor)
+    return _owner(root / LOCK_NAME)
+
+
 def read_lock_token(folder: Path) -> str | None:
     """The token of the job that holds ``folder``'s lock; None if this host sees no such lock file, or one without an owner."""
     token = _content(folder / LOCK_NAME).get("token")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from checkpoint.atomic_folder import PARTIAL_SUFFIX
 from checkpoint.companions import write_companions
-from checkpoint.layered_folder import INDEX, file_of_layer
+from checkpoint.layered_folder import file_of_layer, write_index
 from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, file_problem, position_of, read_manifest, step_folders, write_manifest
 from checkpoint.model_folder import ModelFolder
 from checkpoint.tensor_file import FileRecord, TensorSource, explained_disk_errors, fsync_directory, write_json_file, write_tensor_file
@@ -89,8 +89,7 @@ class StepWriter:
             absent = sorted(set(weight_map.values()) - names)
             assert not absent, f"nobody has written {absent}"
             self._check_weights({record.name for record in records}, weight_map, model)
-            index = {"metadata": {"total_size": model.num_bytes()}, "weight_map": dict(sorted(weight_map.items()))}
-            index_record = write_json_file(self.partial / INDEX, index, relative_to=self.partial)
+            index_record = write_index(self.partial, weight_map, model.num_bytes())
             here = [*records, trainer_record, index_record]
             write_manifest(self.partial, here, self.step, position=position, elsewhere=elsewhere)
             fsync_directory(self.partial / TRAIN_STATE)
@@ -124,7 +123,7 @@ class StepWriter:
 
     def _check_visible(self, records: Sequence[FileRecord], within_s: float) -> None:
         def unseen() -> list[str]:
-            return [record.name for record in records if not _has_size(self.partial / record.name, record.size)]
+            return [record.name for record in records if file_problem(self.partial, record)]
 
         if not _seen_within(within_s, lambda: not unseen()):
             names = unseen()
@@ -210,13 +209,6 @@ def _seen_within(within_s: float, seen: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except FileNotFoundError:
-        return False
 
 
 def _unused(root: Path, name: str) -> Path:

@@ -27,6 +27,12 @@ def file_of_layer(key: str) -> str:
     return f"{key}.safetensors"
 
 
+def write_index(folder: Path, weight_map: Mapping[str, str], num_bytes: int) -> FileRecord:
+    """Write Hugging Face's index of a folder of several files: weight name -> file, and the bytes of all weights."""
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    return write_json_file(folder / INDEX, index, relative_to=folder)
+
+
 def write_model_folder(
     source: ModelFolder,
     target: Path,
@@ -64,8 +70,7 @@ def finish_folder(
 ) -> None:
     """Complete a folder that holds the layers' files: index, configuration, tokenizer, a strict check of it all, and last the manifest."""
     specs = [spec for file in sorted(set(weight_map.values())) for spec in open_weight_file(folder / file).specs.values()]
-    index = {"metadata": {"total_size": sum(spec.num_bytes for spec in specs)}, "weight_map": dict(sorted(weight_map.items()))}
-    index_record = write_json_file(folder / INDEX, index, relative_to=folder)
+    index_record = write_index(folder, weight_map, sum(spec.num_bytes for spec in specs))
     companions = copy_companions(copy_from, folder, dtypes={spec.dtype for spec in specs})
     written = ModelFolder.open(folder)
     check_model_folder(written, read_model_config(written.config))

@@ -118,18 +118,24 @@ def name_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """The folders in ``root`` that are named by a step, complete or not, newest first: by position where manifests say it.
+    """The folders in ``root`` that are named by a step, complete or not, newest first."""
+    return [root / name for name in newest_first(step_positions(root))]
 
-    One whose manifest does not say it stands before all others whose number is not larger.
-    """
+
+def step_positions(root: Path) -> dict[str, int | None]:
+    """Name -> position of the folders in ``root`` that are named by a step, complete or not; None where no manifest says it."""
     if not root.is_dir():
-        return []
-    folders = [entry for entry in root.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", entry.name) and entry.is_dir()]
-    positions = {folder: position_of(folder) for folder in folders}
-    ordered = sorted((f for f in folders if positions[f] is not None), key=lambda f: (positions[f], int(f.name)), reverse=True)
-    for folder in sorted((f for f in folders if positions[f] is None), key=lambda folder: int(folder.name)):
-        place = next((i for i, other in enumerate(ordered) if int(other.name) <= int(folder.name)), len(ordered))
-        ordered.insert(place, folder)
+        return {}
+    return {e.name: position_of(e) for e in root.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", e.name) and e.is_dir()}
+
+
+def newest_first(positions: Mapping[str, int | None]) -> list[str]:
+    """The names of steps by position. One whose position is not known stands before all others whose number is not larger."""
+    known = [(position, int(name), name) for name, position in positions.items() if position is not None]
+    ordered = [name for _, _, name in sorted(known, reverse=True)]
+    for name in sorted((name for name, position in positions.items() if position is None), key=int):
+        place = next((i for i, other in enumerate(ordered) if int(other) <= int(name)), len(ordered))
+        ordered.insert(place, name)
     return ordered
 
 

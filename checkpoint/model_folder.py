@@ -21,7 +21,6 @@ from torch import Tensor
 from checkpoint.command import expanded
 from checkpoint.hivemind_int8 import Int8File, dequantised
 from checkpoint.legacy_layers import is_layer_shard_folder, open_layer_shards
-from checkpoint.tensor_file import TensorSource
 from checkpoint.weight_file import FETCH_AGAIN, StoredWeight, TensorSpec, is_text, open_weight_file
 from modules.families import canonical_name, is_legacy_buffer, read_model_config
 from modules.model_config import ModelConfig
@@ -141,10 +140,6 @@ class ModelFolder:
         """The weight as it lies in the mapped file (any alignment): copy what you keep, do not write into it."""
         weight = self.weights[name]
         return weight.file.read(weight.name)
-
-    def tensor_source(self, name: str) -> TensorSource:
-        """The weight as something to be written elsewhere, read when its turn comes."""
-        return TensorSource(name=name, dtype=self.dtype(name), shape=self.shape(name), read=lambda: self.read(name))
 
     @property
     def is_int8(self) -> bool:

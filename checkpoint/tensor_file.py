@@ -113,10 +113,13 @@ def write_tensor_file(
 
 
 def write_json_file(path: Path, content: Any, *, relative_to: Path) -> FileRecord:
-    """Write the new file ``path`` as JSON. Floats keep all their digits; NaN and infinity are refused, as JSON has none."""
-    with _HashingWriter(path) as writer:
-        writer.write((json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        return writer.finish(relative_to)
+    """Write the new file ``path`` as JSON."""
+    return write_file(path, json_bytes(content), relative_to=relative_to)
+
+
+def json_bytes(content: Any) -> bytes:
+    """A JSON file's content. Floats keep all their digits; NaN and infinity are refused, as JSON has none."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_file(path: Path, content: bytes, *, relative_to: Path) -> FileRecord:

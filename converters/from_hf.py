@@ -7,12 +7,11 @@ once spares every later start from reading ``.bin`` files, and proves that the m
 import argparse
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint.atomic_folder import check_target
-from checkpoint.command import expanded, explained_system_errors
+from checkpoint.command import exit_status, expanded
 from checkpoint.companions import tokenizer_files
 from checkpoint.conversion import plan_conversion
 from checkpoint.layered_folder import write_model_folder
@@ -20,22 +19,17 @@ from checkpoint.legacy_folder import write_legacy_folder
 from checkpoint.model_folder import resolve_model_folder
 from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, progress_bar, verify
 from converters.sources import open_source
-from user_error import UserError
 
 
 def main(model_type: str, argv: Sequence[str] | None = None) -> int:
     """The script for ``model_type``; returns its exit status."""
     arguments = parse_arguments(model_type, argv)
-    try:
-        with explained_system_errors():
-            convert(model_type, arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> int:
+        convert(model_type, arguments)
+        return 0
+
+    return exit_status(work)
 
 
 def parse_arguments(model_type: str, argv: Sequence[str] | None) -> argparse.Namespace:

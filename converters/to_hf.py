@@ -8,12 +8,11 @@ import argparse
 import json
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint.atomic_folder import check_target
-from checkpoint.command import expanded, explained_system_errors
+from checkpoint.command import exit_status, expanded
 from checkpoint.companions import tokenizer_files
 from checkpoint.conversion import plan_conversion
 from checkpoint.hf_folder import write_hf_folder
@@ -27,16 +26,12 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 def main(model_type: str, argv: Sequence[str] | None = None) -> int:
     """The script for ``model_type``; returns its exit status."""
     arguments = parse_arguments(model_type, argv)
-    try:
-        with explained_system_errors():
-            convert(model_type, arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> int:
+        convert(model_type, arguments)
+        return 0
+
+    return exit_status(work)
 
 
 def parse_arguments(model_type: str, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,7 +7,7 @@ Legend: B sequences of a micro-batch, T tokens, C width, V vocabulary rows.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -41,6 +41,12 @@ def layer_key(parameter_name: str) -> str:
         if parameter_name.startswith(f"{family.names.trunk}.{family.names.embeddings}."):
             return EMBEDDINGS
     return LM_HEAD
+
+
+def in_model_order(names: Iterable[str], num_layers: int) -> list[str]:
+    """The names of a model's weights by layer, and within a layer by name."""
+    places = {key: place for place, key in enumerate(layer_keys(num_layers))}
+    return sorted(names, key=lambda name: (places[layer_key(name)], name))
 
 
 class Stage(nn.Module):

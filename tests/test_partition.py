@@ -337,7 +337,9 @@ def test_a_stage_is_as_slow_as_its_slowest_replica_and_has_the_memory_of_its_sma
 
     def measurement(*, slow: float = 1.0, limit: int = PLENTY) -> Measurement:
         costs = MeasuredCosts(layer_forward_s=0.001 * slow, layer_backward_s=0.002 * slow, layer_activation_bytes=1000)
-        return Measurement.from_json(json.dumps(dataclasses.asdict(Measurement(costs=costs, memory_limit_bytes=limit, link=None))))
+        return Measurement.from_fields(
+            json.loads(json.dumps(dataclasses.asdict(Measurement(costs=costs, memory_limit_bytes=limit, link=None))))
+        )
 
     alike = [measurement() for _ in range(4)]
     assert sizes(settle(job, config, alike).cut) == [3, 3]

@@ -32,15 +32,16 @@ def load_stage_state(job: Job, point: ResumePoint, stage: Stage, optimizer: Adam
     """Called by all ranks: parameters, from the fp32 masters where the files are narrower, and optimizer states, from own files or from
     those of other ranks, which pass through a temporary folder in ``root``. Strict. Raises UserError, PeerLost."""
     own = dict(stage.parameters_by_layer())
+    readers = _readers(job)
     states: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix=COLLECTED_PREFIX, dir=root) as temporary:
         for key in layer_keys(job.model_config.num_layers):
             names = [file_of_layer(key)]
             if point.has_optimizer:
                 names.append(f"{TRAIN_STATE}/{file_of_layer(key)}")
-            paths = {name: _collect(job, point, name, key in own, Path(temporary)) for name in names}
+            paths = [_collect(job, point, name, readers[key], Path(temporary)) for name in names]
             if key in own:
-                files = [open_weight_file(paths[name]) for name in names]
+                files = [open_weight_file(path) for path in paths]
                 states |= load_layer(own[key], files[0], files[1] if point.has_optimizer else None)
             for path in Path(temporary).iterdir():
                 path.unlink()
@@ -48,31 +49,29 @@ def load_stage_state(job: Job, point: ResumePoint, stage: Stage, optimizer: Adam
         optimizer.load_state(states)
 
 
-def _collect(job: Job, point: ResumePoint, name: str, needed: bool, temporary: Path) -> Path:
-    """Called by all ranks for the same ``name``: where this rank finds the file; what it lacks comes from the rank that provides it."""
-    rank = job.place.rank
-    needs = [reader for reader in range(job.place.world_size) if name in _names_of_rank(job, reader, point)]
-    for reader in needs:
+def _readers(job: Job) -> dict[str, list[int]]:
+    """Layer key -> the ranks that train it."""
+    keys = layer_keys(job.model_config.num_layers)
+    readers: dict[str, list[int]] = {}
+    for stage, (first, last) in enumerate(job.cut):
+        begin, end = (0 if stage == 0 else first + 1), (len(keys) if stage == job.place.pp_size - 1 else last + 1)
+        readers |= dict.fromkeys(keys[begin:end], job.place.replica_ranks_of(stage))
+    return readers
+
+
+def _collect(job: Job, point: ResumePoint, name: str, readers: list[int], temporary: Path) -> Path:
+    """Called by all ranks for the same ``name``: where a reader finds the file; what it lacks comes from the rank that provides it."""
+    rank, path = job.place.rank, point.folder / name
+    for reader in readers:
         provider = point.provider(name, reader)
         if provider == reader:
             continue
         if rank == provider:
             _send_file(job, point.folder / name, reader)
         if rank == reader:
-            _receive_file(job, point.records[name], temporary / name.replace("/", "."), provider)
-    if needed and name not in point.sees[rank]:
-        return temporary / name.replace("/", ".")
-    return point.folder / name
-
-
-def _names_of_rank(job: Job, rank: int, point: ResumePoint) -> set[str]:
-    """The files of the layers that ``rank`` trains."""
-    stage = job.place.at(rank).pp
-    first, last = job.cut[stage]
-    keys = layer_keys(job.model_config.num_layers)
-    begin, end = (0 if stage == 0 else first + 1), (len(keys) if stage == job.place.pp_size - 1 else last + 1)
-    files = {file_of_layer(key) for key in keys[begin:end]}
-    return {name for name in point.records if name.removeprefix(f"{TRAIN_STATE}/") in files}
+            path = temporary / name.replace("/", ".")
+            _receive_file(job, point.records[name], path, provider)
+    return path
 
 
 def _wire_device(job: Job) -> torch.device:

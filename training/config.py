@@ -158,7 +158,7 @@ class Config:
     resume: str = flag(
         "auto",
         "auto: from the newest complete checkpoint in --checkpoint-path; none: from the start; a step's number; or the folder of a "
-        "checkpoint elsewhere. Newer steps than that are kept under another name. Restarts by torchrun are always auto",
+        "checkpoint elsewhere. Newer steps than that are kept under another name. Restarts by torchrun go on from what their run saved",
         group=_SAVING,
     )
     verify_checkpoint: bool = flag(False, "compare the sha256 of every file before resuming, not only its size", group=_SAVING)

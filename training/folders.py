@@ -7,7 +7,6 @@ two hosts with a replica each both hold everything.
 """
 
 import contextlib
-import json
 import secrets
 import shutil
 import time
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from checkpoint.tensor_file import explained_disk_errors
 from comms.place import Place
-from training.job import COLLECTIVE_TIMEOUT, Job
+from training.job import COLLECTIVE_TIMEOUT, Job, all_say
 from user_error import UserError
 
 TOKEN_PREFIX = ".seen-by."
@@ -66,7 +65,7 @@ def find_folders(job: Job, root: Path) -> Folders:
         root.mkdir(parents=True, exist_ok=True)
         paths[place.rank].touch()
     try:
-        _meet(store, place, "left")
+        all_say(job, store, "left", True)
         hosts = [entry["host_id"] for entry in job.roster]
         deadline = time.monotonic() + SEEN_WITHIN_S
         while True:
@@ -75,10 +74,7 @@ def find_folders(job: Job, root: Path) -> Folders:
             if not others_unseen or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        store.set(f"seen/{place.rank}", json.dumps(seen))
-        keys = [f"seen/{rank}" for rank in range(place.world_size)]
-        store.wait(keys, COLLECTIVE_TIMEOUT)
-        return group_by_sight([json.loads(store.get(key)) for key in keys])
+        return group_by_sight(all_say(job, store, "seen", seen))
     finally:
         with contextlib.suppress(OSError):
             paths[place.rank].unlink()
@@ -103,8 +99,3 @@ def remove_tokens(root: Path) -> None:
             path.unlink()
     for path in root.glob(f"{COLLECTED_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _meet(store: dist.Store, place: Place, what: str) -> None:
-    store.set(f"{what}/{place.rank}", "1")
-    store.wait([f"{what}/{rank}" for rank in range(place.world_size)], COLLECTIVE_TIMEOUT)

@@ -6,6 +6,7 @@ in meaning on all ranks, before anything was written; after meet() a lost peer e
 doing."""
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -60,6 +61,14 @@ class Job(LocalFacts):
         """Collective over all ranks: returns when all have called it, so that nobody's end is taken for a loss."""
         with self.spans.span("waiting for the other ranks"), naming_the_peer("waiting for the other ranks"):
             dist.barrier()
+
+
+def all_say(job: Job, store: dist.Store, what: str, mine: Any) -> list[Any]:
+    """Called by all ranks, once for each ``what`` in ``store``: everybody's ``mine`` (JSON), by rank."""
+    store.set(f"{what}/{job.place.rank}", json.dumps(mine))
+    keys = [f"{what}/{rank}" for rank in range(job.place.world_size)]
+    store.wait(keys, COLLECTIVE_TIMEOUT)
+    return [json.loads(store.get(key)) for key in keys]
 
 
 @contextlib.contextmanager

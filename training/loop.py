@@ -106,7 +106,6 @@ class Trainer:
             tokenizer_from=None if desk is None else desk.encoder.folder,
         )
         self._save_stall_s = 0.0  # of the saves since the last row
-        self._has_prepared = False
         self._reader = start_reader(config, desk.mixture) if desk is not None else None
         self._feed = TokenFeed(
             place=job.place,
@@ -229,8 +228,7 @@ class Trainer:
         )
         self._save_stall_s = 0.0
         every = self._config.checkpoint_steps
-        if every and not self._has_prepared and not decision.skip:
-            self._has_prepared = True
+        if every and not decision.skip:
             self._saver.prepare()
         if every and self._step // every > before // every:
             self._save(is_last=self._optimizer_step >= self._num_updates)

@@ -6,11 +6,11 @@ the same plan everywhere. Promises: nobody measures what no flag asks for; no cu
 """
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from comms.probe import LinkTimes, time_link
 from comms.transport import make_transport
@@ -19,7 +19,7 @@ from pipeline_parallel.schedule import PipelineMode, extra_warmup_for, order
 from pipeline_parallel.simulator import peak_in_flight
 from training.config import Config
 from training.gradient import Schedule, wire_codecs
-from training.job import COLLECTIVE_TIMEOUT, Job
+from training.job import Job, all_say
 from training.measure import MeasuredCosts, default_memory_limit, describe_cut, measure_costs, stage_costs
 
 log = logging.getLogger("trainer")
@@ -48,9 +48,8 @@ class Measurement:
     link: LinkTimes | None
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Measurement":
-        """The reverse of json.dumps(dataclasses.asdict(measurement))."""
-        fields = json.loads(text)
+    def from_fields(cls, fields: dict[str, Any]) -> "Measurement":
+        """The reverse of dataclasses.asdict, also behind JSON."""
         link = LinkTimes(**fields["link"]) if fields["link"] is not None else None
         return cls(costs=MeasuredCosts(**fields["costs"]), memory_limit_bytes=fields["memory_limit_bytes"], link=link)
 
@@ -86,10 +85,8 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
     )
     others_measure()  # also where there was no room to measure
     mine = Measurement(costs=costs, memory_limit_bytes=limit, link=_time_links(job, config) if wants_links else None)
-    job.store.set(f"measured/{job.place.rank}", json.dumps(dataclasses.asdict(mine)))
-    keys = [f"measured/{rank}" for rank in range(job.place.world_size)]
-    job.store.wait(keys, COLLECTIVE_TIMEOUT)
-    return settle(job, config, [Measurement.from_json(job.store.get(key)) for key in keys])
+    measured = all_say(job, job.store, "measured", dataclasses.asdict(mine))
+    return settle(job, config, [Measurement.from_fields(fields) for fields in measured])
 
 
 def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> PipelinePlan:

@@ -9,7 +9,7 @@ makes a step unusable is said with file and reason, and the next older one is lo
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,22 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpoint.companions import CONFIG
-from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, Manifest, file_problem, name_problems, read_manifest, step_folders
+from checkpoint.manifest import (
+    TRAIN_STATE,
+    TRAINER_FILE,
+    Manifest,
+    file_problem,
+    name_problems,
+    newest_first,
+    read_manifest,
+    step_positions,
+)
 from checkpoint.model_folder import read_json_object
 from checkpoint.tensor_file import FileRecord
 from checkpoint.train_state import read_trainer_state
 from modules.families import read_model_config
 from modules.model_config import ModelConfig
-from training.job import COLLECTIVE_TIMEOUT, Job
+from training.job import COLLECTIVE_TIMEOUT, Job, all_say
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -72,26 +81,15 @@ class _Sight:
     problems: list[str] = field(default_factory=list)
 
 
-def steps_in_sight(root: Path) -> list[tuple[str, int | None]]:
-    """(name, position) of the step folders in ``root``, newest first; position None where the manifest cannot be read."""
-    found: list[tuple[str, int | None]] = []
-    for folder in step_folders(root):
-        try:
-            found.append((folder.name, read_manifest(folder).position))
-        except UserError:
-            found.append((folder.name, None))
-    return found
-
-
 def find_resume_point(job: Job, root: Path, *, only: str | None, hashes: bool, is_required: bool = True) -> ResumePoint | None:
     """Called by all ranks: the newest step in ``root`` (or the one named ``only``) that is complete over all ranks; None if there is none.
 
     Raises UserError if ``only`` is not there or not complete, or all that is there is unusable; None then too unless ``is_required``.
     """
     store = dist.PrefixStore(f"resume/{is_required}", job.store)
-    in_sight = all_say(job, store, "steps", steps_in_sight(root))
+    in_sight = all_say(job, store, "steps", step_positions(root))
     refused: list[str] = []
-    for name in [only] if only is not None else newest_first(in_sight):
+    for name in [only] if only is not None else newest_in_sight(in_sight):
         copy = f"{job.roster[job.place.rank]['host_id']}:{os.path.realpath(root / name)}"
         sights = [_Sight(**s) for s in all_say(job, store, f"sight/{name}", asdict(_look_at(root / name, copy)))]
         point, problem = _put_together(job, store, root / name, sights, hashes)
@@ -108,17 +106,14 @@ def find_resume_point(job: Job, root: Path, *, only: str | None, hashes: bool, i
     return None
 
 
-def newest_first(in_sight: list[list[tuple[str, int | None]]]) -> list[str]:
-    """The names of all steps that any rank sees, by position where one of them knows it, else by number."""
-    positions: dict[str, int] = {}
+def newest_in_sight(in_sight: Sequence[Mapping[str, int | None]]) -> list[str]:
+    """The names of all steps that any rank sees, newest first. in_sight: what each rank found (``step_positions``)."""
+    positions: dict[str, int | None] = {}
     for steps in in_sight:
-        for name, position in steps:
-            positions[name] = max(positions.get(name, -1), -1 if position is None else position)
-    known = sorted((n for n, p in positions.items() if p >= 0), key=lambda name: (positions[name], int(name)), reverse=True)
-    for name in sorted((n for n, p in positions.items() if p < 0), key=int):
-        place = next((i for i, other in enumerate(known) if int(other) <= int(name)), len(known))
-        known.insert(place, name)
-    return known
+        for name, position in steps.items():
+            known = positions.get(name)
+            positions[name] = position if known is None else known if position is None else max(known, position)
+    return newest_first(positions)
 
 
 def _look_at(folder: Path, copy: str) -> _Sight:
@@ -215,14 +210,6 @@ def _from_lowest(job: Job, store: dist.Store, folder: Path, sees: list[set[str]]
     content = json.loads(store.get(key))
     assert isinstance(content, dict), "written above"
     return content
-
-
-def all_say(job: Job, store: dist.Store, what: str, mine: Any) -> list[Any]:
-    """Called by all ranks: everybody's ``mine``, by rank."""
-    store.set(f"{what}/{job.place.rank}", json.dumps(mine))
-    keys = [f"{what}/{rank}" for rank in range(job.place.world_size)]
-    store.wait(keys, COLLECTIVE_TIMEOUT)
-    return [json.loads(store.get(key)) for key in keys]
 
 
 def check_same_model(point: ResumePoint, model_config: ModelConfig) -> None:

@@ -78,8 +78,8 @@ class Saver:
         self._failure: BaseException | None = None
 
     def prepare(self) -> None:
-        """After the first update, where saves will come while training goes on: make room for the first one's copy beside the training."""
-        if self._options.is_async and self._writes:
+        """After an update, where saves will come while training goes on: make room for the first one's copy, once, beside the training."""
+        if self._options.is_async and self._writes and not self._host_copy.has_room:
             layers = self._layers()
             if self._has_room(layers):
                 self._host_copy.prepare(layers)

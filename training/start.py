@@ -22,15 +22,15 @@ import torch.distributed as dist
 
 from checkpoint.job_lock import JobLock
 from checkpoint.layer_store import StepWriter, prepared_steps, remove_partials, set_aside
-from checkpoint.manifest import MANIFEST
+from checkpoint.manifest import MANIFEST, step_positions
 from checkpoint.model_folder import read_json_object
 from checkpoint.tensor_file import explained_disk_errors
 from tasks.mixture import Mixture
 from training.config import Config
 from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture, sequences_per_step
 from training.folders import Folders, find_folders, remove_tokens
-from training.job import Job
-from training.resuming import ResumePoint, all_say, check_same_model, find_resume_point, newest_first, steps_in_sight
+from training.job import Job, all_say
+from training.resuming import ResumePoint, check_same_model, find_resume_point, newest_in_sight
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -106,17 +106,17 @@ def claim_folder(job: Job, root: Path, start: Start, desk: ReadingDesk | None) -
     job.wait_for_all()
 
 
-def _complete_commits(job: Job, folders: Folders, root: Path) -> list[list[tuple[str, int | None]]]:
+def _complete_commits(job: Job, folders: Folders, root: Path) -> list[dict[str, int | None]]:
     """Called by all ranks: clear away what a killed job left, and return the steps in every rank's sight.
 
     A step that one host has committed was ready on all of them: where the job was killed before the rename, it is done now.
     """
     store = dist.PrefixStore("start", job.store)
     is_keeper = job.place.rank in folders.keepers
-    before = all_say(job, store, "before", steps_in_sight(root))
+    before = all_say(job, store, "before", step_positions(root))
     if is_keeper:
         # a position says which of two steps of one number it is
-        committed = {tuple(step) for steps in before for step in steps} - {tuple(step) for step in before[job.place.rank]}
+        committed = {step for steps in before for step in steps.items()} - set(before[job.place.rank].items())
         for name, position in prepared_steps(root):
             if position is not None and (name, position) in committed:
                 log.info("completing %s, which was cut off after other hosts had theirs", StepWriter(root, int(name)).commit())
@@ -124,13 +124,12 @@ def _complete_commits(job: Job, folders: Folders, root: Path) -> list[list[tuple
             log.info("removed %s, the rest of a save that was cut off", root / name)
         remove_tokens(root)
     all_say(job, store, "tidy", True)
-    return all_say(job, store, "after", steps_in_sight(root))
+    return all_say(job, store, "after", step_positions(root))
 
 
 def _run_token(job: Job, root: Path) -> tuple[str, bool]:
     """On rank 0: what marks the steps of this run, and whether torchrun has restarted a run that had begun in ``root``."""
-    path = root / RUN_FILE
-    launcher = {"run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "agent": os.getppid()}
+    path, launcher = root / RUN_FILE, _launcher()
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0 and path.is_file():
         try:
             known = read_json_object(path)
@@ -144,9 +143,12 @@ def _run_token(job: Job, root: Path) -> tuple[str, bool]:
 
 def _note_run(root: Path, token: str) -> None:
     """On rank 0, when nothing is refused any more: what _run_token of a restart looks for."""
-    launcher = {"run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "agent": os.getppid()}
     with contextlib.suppress(OSError):  # a full disk can still be resumed from
-        (root / RUN_FILE).write_text(json.dumps({"token": token, **launcher}))
+        (root / RUN_FILE).write_text(json.dumps({"token": token, **_launcher()}))
+
+
+def _launcher() -> dict[str, Any]:
+    return {"run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "agent": os.getppid()}
 
 
 def _find_point(job: Job, config: Config, root: Path, token: str, is_restart: bool) -> ResumePoint | None:
@@ -185,9 +187,9 @@ def _find_point_at(job: Job, path: Path, hashes: bool) -> ResumePoint:
     return point
 
 
-def _newer(in_sight: list[list[tuple[str, int | None]]], root: Path, point: ResumePoint | None) -> list[str]:
+def _newer(in_sight: list[dict[str, int | None]], root: Path, point: ResumePoint | None) -> list[str]:
     """The steps of this job's folder that a run from ``point`` will not have come from."""
-    ordered = newest_first(in_sight)
+    ordered = newest_in_sight(in_sight)
     if point is None:
         return ordered
     if point.folder.parent.absolute() == root.absolute() and point.folder.name in ordered:
