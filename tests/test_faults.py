@@ -192,7 +192,7 @@ def test_a_rank_that_dies_while_it_writes_a_line_does_not_silence_those_forked_l
             with tqdm.get_lock():
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        tqdm.write = last_line  # type: ignore[assignment]
+        tqdm.write = last_line  # type: ignore[method-assign]
 
     alone = {**flags, "pipeline_group_size": 1, "data_group_size": 1, "world_size": 1, "total_steps": 1}
     train(tmp_path / "killed", expect=-signal.SIGKILL, before=dies_writing, **alone)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from tqdm.std import TqdmDefaultWriteLock
 
 from checkpoint.tensor_file import explained_disk_errors
 from comms.place import Place
@@ -37,8 +36,8 @@ class _LinesAboveTheBar(logging.Handler):
 
 def set_up_logging(place: str) -> None:
     """Log records to stderr as "[dp0/pp1] text"; called again when the place is known."""
-    if isinstance(tqdm.get_lock(), TqdmDefaultWriteLock):
-        # a semaphore that all processes forked from one parent share: a rank that died while it wrote would silence the others for ever
+    if not isinstance(tqdm.get_lock(), type(threading.RLock())):
+        # tqdm's own is a semaphore that all processes forked from one parent share: one that died writing would silence the others for ever
         tqdm.set_lock(threading.RLock())
     handler = _LinesAboveTheBar()
     handler.setFormatter(logging.Formatter(f"[{place}] %(message)s"))
