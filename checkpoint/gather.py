@@ -20,13 +20,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from checkpoint.adapter_folder import ADAPTER_WEIGHTS, is_adapter_folder, merge_layer_files, read_adapter, write_adapter_weights
 from checkpoint.atomic_folder import PARTIAL_SUFFIX, atomic_folder, check_target
 from checkpoint.command import exit_status, expanded
 from checkpoint.companions import CONFIG
 from checkpoint.job_lock import LOCK_NAME, JobLock
 from checkpoint.layered_folder import INDEX, file_of_layer
 from checkpoint.manifest import MANIFEST, TRAIN_STATE, TRAINER_FILE, Manifest, file_problem, read_manifest, step_folders, write_manifest
-from checkpoint.model_folder import ModelFolder, check_model_folder, listed
+from checkpoint.model_folder import ModelFolder, check_model_folder, listed, read_json_object
 from checkpoint.tensor_file import FileRecord, copy_file, explained_disk_errors
 from checkpoint.train_state import read_trainer_state
 from modules.families import read_model_config
@@ -173,13 +174,25 @@ def write_parts(parts: Parts, target: Path) -> list[str]:
                 bar.set_postfix_str(record.name)
                 warnings += _copy_verified(record, parts, folder)
                 bar.update(record.size)
-        write_manifest(folder, list(parts.records.values()), parts.step, position=parts.position)
         try:
-            model = ModelFolder.open(folder)
-            check_model_folder(model, read_model_config(model.config))
+            records = [*parts.records.values(), *_write_adapter(parts, folder)]
+            write_manifest(folder, records, parts.step, position=parts.position)
+            config = read_model_config(read_json_object(folder / CONFIG))
+            if is_adapter_folder(folder):
+                read_adapter(folder, config)
+            else:
+                check_model_folder(ModelFolder.open(folder), config)
         except UserError as error:
             raise UserError(f"these files are as they were saved, and yet they make no model, so nothing was written: {error}") from error
     return warnings
+
+
+def _write_adapter(parts: Parts, folder: Path) -> list[FileRecord]:
+    """What hosts without a shared disk could not write, each having some of the layers: an adapter's weights as peft reads them."""
+    if not is_adapter_folder(folder) or ADAPTER_WEIGHTS in parts.records:
+        return []
+    layers = [folder / name for name in sorted(parts.records) if "/" not in name and name.endswith(".safetensors")]
+    return [write_adapter_weights(folder, merge_layer_files(layers))]
 
 
 def gather(paths: Sequence[Path], out: Path, step: int | None) -> None:
@@ -197,7 +210,8 @@ def gather(paths: Sequence[Path], out: Path, step: int | None) -> None:
         _warn(text)
     where = "" if target == out else f" (a folder named by its step inside {out}: a run resumes from no other)"
     position = "" if parts.position is None else f", trained on {parts.position} sequences"
-    print(f"wrote {target}{where}: every file verified, a whole model{position}")
+    what = "the adapters of a whole model" if is_adapter_folder(target) else "a whole model"
+    print(f"wrote {target}{where}: every file verified, {what}{position}")
     newest = step_folders(target.parent)[0]
     if newest != target:
         _warn(f"{target.parent} also holds {newest.name}, which is newer: a run resumes from that one if it is whole")

@@ -9,6 +9,7 @@ Exit status: 0 all that was looked at is whole, 1 something is not (or DIR is no
     path, kind ("step" or "model"), is_complete, problems [one clause each], notes [what is worth knowing and no defect], verified (true:
         contents were compared with the manifest's sha256)
     model {family, num_layers, width, vocab_size, num_parameters}
+    adapter {peft_type, rank, alpha, targets, base}, where the weights are those of adapters alone, else null
     training {step, position (sequences), optimizer_step, num_skipped, cut [[first, last) of each stage], grid {stages, replicas},
         num_threads (per rank), versions, loss_scale}; null for a model
     weight_dtypes {dtype: number of parameters in the files here}, has_masters, has_optimizer_states
@@ -30,6 +31,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from checkpoint.adapter_folder import ADAPTER_CONFIG, LORA, is_adapter_folder, read_adapter
 from checkpoint.atomic_folder import PARTIAL_SUFFIX, readable_bytes
 from checkpoint.command import exit_status, expanded
 from checkpoint.companions import CONFIG
@@ -97,6 +99,7 @@ def inspect_folder(folder: Path, *, verify: bool = False, must_be_step: bool = F
         problems += name_problems(folder.absolute(), manifest)
     trainer = _trainer(folder, manifest, problems) if is_step else {}
     config, specs = _model(folder, problems)
+    adapter = _adapter_facts(folder)
     state = _headers(sorted((folder / TRAIN_STATE).glob("*.safetensors")))
     kept = {kind: _files_of_kind(folder, kind) for kind in KINDS}
     return {
@@ -107,6 +110,7 @@ def inspect_folder(folder: Path, *, verify: bool = False, must_be_step: bool = F
         "notes": _notes(folder, manifest, is_step, verify),
         "verified": verify and manifest is not None,
         "model": None if config is None else _model_facts(config),
+        "adapter": adapter,
         "training": _training_facts(manifest, trainer) if is_step else None,
         "weight_dtypes": _dtypes(specs),
         "has_masters": any(name.startswith("master/") for name in state) if is_step else None,
@@ -162,6 +166,9 @@ def _model(folder: Path, problems: list[str]) -> tuple[ModelConfig | None, Mappi
     specs: Mapping[str, TensorSpec] = {}
     try:
         config = read_model_config(read_json_object(folder / CONFIG))
+        if is_adapter_folder(folder):
+            read_adapter(folder, config)
+            return config, _headers(sorted(folder.glob("l*.safetensors")))
         model = ModelFolder.open(folder)
         specs = {name: TensorSpec(dtype=model.dtype(name), shape=model.shape(name)) for name in model.names()}
         check_model_folder(model, config)
@@ -170,6 +177,18 @@ def _model(folder: Path, problems: list[str]) -> tuple[ModelConfig | None, Mappi
     if not problems:
         problems += found
     return config, specs or _headers(sorted(folder.glob("*.safetensors")))
+
+
+def _adapter_facts(folder: Path) -> Facts | None:
+    """Of a folder of adapters, from its configuration as it stands there."""
+    if not is_adapter_folder(folder):
+        return None
+    try:
+        config = read_json_object(folder / ADAPTER_CONFIG)
+    except UserError:
+        return {}  # read_adapter reports it
+    names = {"peft_type": "peft_type", "rank": "r", "alpha": "lora_alpha", "targets": "target_modules", "base": "base_model_name_or_path"}
+    return {name: config.get(key) for name, key in names.items()}
 
 
 def _headers(files: Sequence[Path]) -> dict[str, TensorSpec]:
@@ -258,6 +277,8 @@ def _folder_in_words(facts: Facts) -> list[str]:
     rows = [("model", _model_in_words(model) if model else f"unknown: no {CONFIG} of a known family can be read")]
     if training:
         rows += _training_rows(training)
+    if facts["adapter"] is not None:
+        rows.append(("adapter", _adapter_in_words(facts["adapter"])))
     dtypes = " and ".join(facts["weight_dtypes"]) or "none that can be read"
     rows.append(("weights", f"{readable_bytes(sizes['weights'])} in {_files(counts['weights'])}, {dtypes}"))
     if facts["kind"] == "step":
@@ -284,6 +305,12 @@ def _model_in_words(model: Facts) -> str:
     return f"{model['family']}, {size}, {_number(model['num_parameters'])} parameters"
 
 
+def _adapter_in_words(adapter: Facts) -> str:
+    targets = ", ".join(map(str, adapter["targets"])) if isinstance(adapter.get("targets"), list) else "unknown targets"
+    size = f"rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, " if adapter.get("peft_type") == LORA else ""
+    return f"{adapter.get('peft_type')}, {size}on {targets}, of {adapter.get('base')}; the weights here are its own alone"
+
+
 def _training_rows(training: Facts) -> list[tuple[str, str]]:
     """What is known of the run that wrote a step."""
     counts = [
@@ -303,8 +330,9 @@ def _training_rows(training: Facts) -> list[tuple[str, str]]:
         writers.append(f"{_counted(training['num_threads'], 'thread')} per rank")
     if isinstance(versions, dict):
         writers.append(" ".join(f"{name} {version}" for name, version in versions.items()))
-    if training["loss_scale"] is not None:
-        writers.append(f"loss scale {training['loss_scale']}")
+    scale = training["loss_scale"]
+    if isinstance(scale, dict) and scale.get("settings") is not None:
+        writers.append(f"loss scale {scale.get('value')}")
     return rows + ([("written by", ", ".join(writers))] if writers else [])
 
 

@@ -3,29 +3,32 @@
 Left to others: where the two files lie, in this host's folder or another's (training/resuming.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint.model_folder import listed
-from checkpoint.train_state import read_layer_state
-from checkpoint.weight_file import WeightFile
+from checkpoint.train_state import MASTER, StateSpecs, read_layer_state
+from checkpoint.weight_file import TensorSpec, WeightFile
 from user_error import UserError
 
 
-@torch.no_grad()
 def load_layer(
-    parameters: Sequence[tuple[str, nn.Parameter]], weights: WeightFile, state: WeightFile | None
+    shapes: Mapping[str, torch.Size],
+    weights: WeightFile,
+    state: WeightFile | None,
+    specs: StateSpecs,
+    assign: Callable[[str, Tensor], None],
 ) -> dict[str, dict[str, Tensor]]:
-    """Copy a layer's weights into ``parameters``, from the masters where the weight file is narrower; return name -> optimizer state.
+    """Hand every weight of a layer to ``assign``, the master where the weight file is narrower; return name -> optimizer state.
 
-    ``state`` None (a checkpoint without optimizer states): the weights alone, and {}. Copies, because kernels round differently on what
-    lies at the addresses of a mapped file. Raises UserError listing what is missing, extra or of a wrong shape or dtype, before anything
-    is copied.
+    shapes: of the weights. specs: of their optimizer states. ``state`` None (a checkpoint without optimizer states): the weights alone, and
+    {}. What ``assign`` gets may lie in a mapped file: it copies, because kernels round differently on what lies at such addresses. Raises
+    UserError listing what is missing, extra or of a wrong shape or dtype, before anything is handed out.
     """
-    expected = dict(parameters)
-    wrong = [n for n in expected if n in weights.specs and weights.specs[n].shape != expected[n].shape]
+    expected = dict(shapes)
+    wrong = [n for n in expected if n in weights.specs and weights.specs[n].shape != expected[n]]
     problems = [
         *listed("missing", sorted(set(expected) - set(weights.specs))),
         *listed("extra", sorted(set(weights.specs) - set(expected))),
@@ -33,9 +36,15 @@ def load_layer(
     ]
     if problems:
         raise UserError(f"{weights.path} does not fit this model: {'; '.join(problems)}. Resume from an older step.")
-    file_dtypes = {name: weights.specs[name].dtype for name in expected}
-    states = {} if state is None else read_layer_state(state, {n: p.shape for n, p in expected.items()}, file_dtypes)
-    for name, parameter in expected.items():
-        master = states[name].pop("master", None) if states else None
-        parameter.data.copy_(weights.read(name) if master is None else master)
+    states: dict[str, dict[str, Tensor]] = {}
+    if state is not None:
+        masters = {
+            name: {MASTER: TensorSpec(dtype=torch.float32, shape=shape)}
+            for name, shape in expected.items()
+            if weights.specs[name].dtype != torch.float32
+        }
+        states = read_layer_state(state, {name: {**specs[name], **masters.get(name, {})} for name in expected})
+    for name in expected:
+        master = states[name].pop(MASTER, None) if states else None
+        assign(name, weights.read(name) if master is None else master)
     return states

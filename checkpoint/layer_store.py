@@ -16,25 +16,48 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoint.adapter_folder import merge_layer_files, write_adapter_weights
 from checkpoint.atomic_folder import PARTIAL_SUFFIX
 from checkpoint.companions import write_companions
 from checkpoint.layered_folder import file_of_layer, write_index
 from checkpoint.manifest import TRAIN_STATE, TRAINER_FILE, file_problem, position_of, read_manifest, step_folders, write_manifest
 from checkpoint.model_folder import ModelFolder
-from checkpoint.tensor_file import FileRecord, TensorSource, explained_disk_errors, fsync_directory, write_json_file, write_tensor_file
+from checkpoint.tensor_file import (
+    Composed,
+    FileRecord,
+    TensorSource,
+    explained_disk_errors,
+    fsync_directory,
+    write_json_file,
+    write_tensor_file,
+)
 from checkpoint.train_state import TRAINER_FORMAT
-from checkpoint.weight_file import open_weight_file
+from checkpoint.weight_file import TensorSpec, open_weight_file
 from modules.stage import layer_key
 from user_error import UserError
 
 REMOVED = ".removed"
 VISIBLE_WITHIN_S = 10.0  # network filesystems show another host's files with a delay
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWeights:
+    """What the layer files of a step hold together, by name: a whole model, or what of it is trained, as adapters."""
+
+    specs: Mapping[str, TensorSpec]
+    is_adapter: bool = False
+
+    @classmethod
+    def of(cls, model: ModelFolder) -> "StepWeights":
+        """A whole model, in the dtypes of ``model``."""
+        return cls(specs={name: TensorSpec(dtype=model.dtype(name), shape=model.shape(name)) for name in model.names()})
 
 
 class StepWriter:
@@ -52,12 +75,12 @@ class StepWriter:
             _remove(self.partial)
             (self.partial / TRAIN_STATE).mkdir(parents=True)
 
-    def write_layer(self, key: str, weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> FileRecord:
+    def write_layer(self, key: str, weights: Mapping[str, Tensor | Composed], dtypes: Mapping[str, torch.dtype]) -> FileRecord:
         """A writer: the weights of one layer, each as the dtype that the model folder gave it. Values are copied before this returns."""
         assert all(layer_key(name) == key for name in weights), f"these weights do not all belong to {key}: {sorted(weights)}"
         return self._write(file_of_layer(key), [TensorSource.of(name, tensor, dtypes[name]) for name, tensor in weights.items()])
 
-    def write_train_state(self, key: str, tensors: Mapping[str, Tensor]) -> FileRecord:
+    def write_train_state(self, key: str, tensors: Mapping[str, Tensor | Composed]) -> FileRecord:
         """A writer: what pack_train_state made of one layer."""
         return self._write(f"{TRAIN_STATE}/{file_of_layer(key)}", [TensorSource.of(name, tensor) for name, tensor in tensors.items()])
 
@@ -72,25 +95,31 @@ class StepWriter:
         elsewhere: Sequence[FileRecord],
         *,
         position: int,
-        model: ModelFolder,
+        weights: StepWeights,
         trainer: Mapping[str, Any],
         visible_within_s: float = VISIBLE_WITHIN_S,
     ) -> None:
         """The keeper, after every writer of every folder has written: all of the step but the rename.
 
-        ``records``: what has been written into this folder; ``elsewhere``: into others alone. ``model``: names, shapes and dtypes of the
-        whole model. Raises UserError if the keeper does not see what a writer has written.
+        ``records``: what has been written into this folder; ``elsewhere``: into others alone. ``weights``: of all folders together.
+        Adapters are also written as peft reads them, unless some lie elsewhere (then checkpoint.gather does it). Raises UserError if the
+        keeper does not see what a writer has written.
         """
         self._check_visible(records, visible_within_s)
         with explained_disk_errors(self.partial):
             trainer_record = write_json_file(self.partial / TRAINER_FILE, {"format": TRAINER_FORMAT, **trainer}, relative_to=self.partial)
             names = {record.name for record in (*records, *elsewhere)}
-            weight_map = {name: file_of_layer(layer_key(name)) for name in model.names()}
+            weight_map = {name: file_of_layer(layer_key(name)) for name in weights.specs}
             absent = sorted(set(weight_map.values()) - names)
             assert not absent, f"nobody has written {absent}"
-            self._check_weights({record.name for record in records}, weight_map, model)
-            index_record = write_index(self.partial, weight_map, model.num_bytes())
-            here = [*records, trainer_record, index_record]
+            own = {record.name for record in records}
+            self._check_weights(own, weight_map, weights)
+            here = [*records, trainer_record]
+            if not weights.is_adapter:
+                here.append(write_index(self.partial, weight_map, sum(spec.num_bytes for spec in weights.specs.values())))
+            elif own >= set(weight_map.values()):
+                files = [self.partial / file for file in sorted(set(weight_map.values()))]
+                here.append(write_adapter_weights(self.partial, merge_layer_files(files)))
             write_manifest(self.partial, here, self.step, position=position, elsewhere=elsewhere)
             fsync_directory(self.partial / TRAIN_STATE)
             fsync_directory(self.partial)
@@ -130,11 +159,10 @@ class StepWriter:
             what = f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} in {self.partial}"
             raise UserError(f"{what} cannot be seen by the host that completes the step (waited {within_s:g} s). Look at the filesystem")
 
-    def _check_weights(self, written: set[str], weight_map: Mapping[str, str], model: ModelFolder) -> None:
+    def _check_weights(self, written: set[str], weight_map: Mapping[str, str], weights: StepWeights) -> None:
         for file in sorted(written & set(weight_map.values())):
-            specs = open_weight_file(self.partial / file).specs
-            expected = {name: (model.shape(name), model.dtype(name)) for name in weight_map if weight_map[name] == file}
-            seen = {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
+            seen = dict(open_weight_file(self.partial / file).specs)
+            expected = {name: weights.specs[name] for name in weight_map if weight_map[name] == file}
             assert seen == expected, f"{file} must hold exactly its layer: {expected}, and holds {seen}"
 
 

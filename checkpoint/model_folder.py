@@ -10,7 +10,7 @@ Left to others: fetching from the hub's servers (huggingface_hub), the bytes of 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from user_error import UserError
 # In the order in which transformers looks for them.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FINGERPRINT_ELEMENTS = 512
 MAX_LISTED = 10
 MAX_NAME_BYTES = 255  # of Linux's filesystems
 HUB_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -150,6 +151,17 @@ class ModelFolder:
         """Bytes of all weights."""
         return sum(weight.spec.num_bytes for weight in self.weights.values())
 
+    def fingerprint(self) -> str:
+        """sha256 over every name, shape and dtype and some values of every weight (three runs of FINGERPRINT_ELEMENTS): other where the
+        model was fine-tuned or converted to another dtype, equal where it was only cut into other files."""
+        found = hashlib.sha256()
+        for name in self.names():
+            values = self.read(name).reshape(-1)
+            found.update(f"{name} {list(self.shape(name))} {self.dtype(name)}".encode())
+            for start in (0, len(values) // 2, max(0, len(values) - FINGERPRINT_ELEMENTS)):
+                found.update(values[start : start + FINGERPRINT_ELEMENTS].contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
     def digest(self) -> str:
         """sha256 over the configuration and every (name, shape, dtype): equal where hosts see the same kind of model. Reads no weights."""
         table = [(name, list(self.shape(name)), str(self.dtype(name))) for name in self.names()]
@@ -201,13 +213,19 @@ def load_stage(stage: Stage, folder: ModelFolder) -> None:
     Raises UserError, before anything is copied, if one of the stage's weights is missing or has another shape.
     """
     parameters = dict(stage.named_parameters())
+    load_weights(folder, {name: p.shape for name, p in parameters.items()}, lambda name, values: parameters[name].copy_(values))
+
+
+def load_weights(folder: ModelFolder, shapes: Mapping[str, torch.Size], take: Callable[[str, Tensor], object]) -> None:
+    """Hand the weights of ``shapes`` to ``take`` one after the other, as they lie in the mapped files. Raises UserError, before the first,
+    if one is missing or has another shape."""
     names = set(folder.names())
-    missing = [name for name in parameters if name not in names]
-    wrong = [name for name, parameter in parameters.items() if name in names and folder.shape(name) != parameter.shape]
+    missing = [name for name in shapes if name not in names]
+    wrong = [name for name, shape in shapes.items() if name in names and folder.shape(name) != shape]
     if missing or wrong:
         raise UserError(f"{folder.path} does not fit this model: " + "; ".join(listed("missing", missing) + listed("wrong shape", wrong)))
-    for name, parameter in parameters.items():
-        parameter.data.copy_(folder.read(name))
+    for name in shapes:
+        take(name, folder.read(name))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

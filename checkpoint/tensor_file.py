@@ -70,6 +70,19 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Composed:
+    """A tensor that is put together from ``parts``, all of its shape, when its turn comes to be written: ``compose(*parts)``."""
+
+    parts: tuple[Tensor, ...]
+    compose: Callable[..., Tensor]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parts[0].shape
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorSource:
     """A tensor to be written: its place in the header, and how to get its values when their turn comes.
 
@@ -84,9 +97,13 @@ class TensorSource:
     release: Callable[[Tensor], object] = lambda part: None
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> "TensorSource":
+    def of(cls, name: str, tensor: Tensor | Composed, dtype: torch.dtype | None = None) -> "TensorSource":
         """A tensor that is in memory already, to be written as ``dtype`` (default: its own)."""
-        return cls(name=name, dtype=dtype or tensor.dtype, shape=tensor.shape, read=lambda: tensor)
+
+        def read() -> Tensor:
+            return tensor.compose(*tensor.parts) if isinstance(tensor, Composed) else tensor
+
+        return cls(name=name, dtype=dtype or tensor.dtype, shape=tensor.shape, read=read)
 
     @property
     def num_bytes(self) -> int:

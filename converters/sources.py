@@ -1,4 +1,4 @@
-"""What the path that a user gave a converter is, opened: a model folder of any layout, one of our steps, or a relative's checkpoint.
+"""What the path that a user gave a converter is, opened: a model of any layout, one of our steps, a relative's checkpoint, or an adapter.
 
 Promises: the folder is whole as far as headers tell, and of the family that the script is for. What was passed over is said on stderr.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter_folder, read_adapter
 from checkpoint.atomic_folder import PARTIAL_SUFFIX
 from checkpoint.companions import CONFIG
 from checkpoint.legacy_layers import is_layer_shard_folder
@@ -44,6 +45,17 @@ def open_source(path: Path, model_type: str, direction: str, config_name: str | 
         source = _open_model(_newest_of_ours(path), model_type, direction, config_name)
     check_model_folder(source.folder, source.config)
     return source
+
+
+def open_adapter(path: Path, config: ModelConfig) -> Adapter:
+    """Open the adapter folder ``path``, or the newest complete step in it, and prove from headers that it fits ``config``.
+
+    Raises UserError.
+    """
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}. Give --merge-adapter an adapter's folder, or the --checkpoint-path of its training.")
+    has_steps = not is_adapter_folder(path) and bool(step_folders(path))
+    return read_adapter(_newest_of_ours(path) if has_steps or (path / MANIFEST).exists() else path, config)
 
 
 def _is_stage_checkpoint(path: Path) -> bool:
@@ -84,6 +96,11 @@ def _config_folder(candidates: Sequence[Path], config_name: str | None) -> Path:
 
 
 def _open_model(path: Path, model_type: str, direction: str, config_name: str | None) -> Source:
+    if is_adapter_folder(path) and not any((path / name).exists() for name in WEIGHT_FILES):
+        named = read_json_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = f"{ascii(named)[1:-1]}, it says" if isinstance(named, str) and named else "the model that it was trained on"
+        rule = f"{path} is an adapter, and not a model: it changes another one"
+        raise UserError(f"{rule} ({base}). Give convert_to_hf_{model_type}.py that model as --ckpt-path, and this as --merge-adapter")
     config_path = path
     if config_name is not None and (path / CONFIG).is_file():
         print(f"note: {path} holds a {CONFIG} of its own, so --config-name is not read")
@@ -113,7 +130,7 @@ def _newest_of_ours(path: Path) -> Path:
         if problems:
             raise UserError(f"{path} is no complete checkpoint: {'; '.join(problems[:5])}. Take an older step.")
         return path
-    if any((path / name).exists() for name in (CONFIG, *WEIGHT_FILES)) or is_layer_shard_folder(path):
+    if any((path / name).exists() for name in (CONFIG, *WEIGHT_FILES, ADAPTER_CONFIG)) or is_layer_shard_folder(path):
         return path
     newest, warnings = find_newest_step(path)
     for warning in warnings:

@@ -1,7 +1,7 @@
 """Turn a checkpoint or a layer-sharded model folder into a plain Hugging Face folder: convert_to_hf_gptj.py and convert_to_hf_gptneox.py.
 
 Every checkpoint of ours can be loaded with ``from_pretrained`` as it lies; this leaves the training state behind and uses the usual file
-names. The checkpoints of this trainer's relatives need it.
+names. The checkpoints of this trainer's relatives need it, and so does who wants an adapter and its model as one.
 """
 
 import argparse
@@ -11,13 +11,17 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoint.adapter_folder import Adapter
+from checkpoint.adapter_merge import MergedModel
 from checkpoint.atomic_folder import check_target
 from checkpoint.command import exit_status, expanded
 from checkpoint.companions import tokenizer_files
 from checkpoint.conversion import plan_conversion
 from checkpoint.hf_folder import write_hf_folder
+from checkpoint.model_folder import ModelFolder, resolve_model_folder
 from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, progress_bar, verify
-from converters.sources import open_source
+from converters.sources import open_adapter, open_source
+from modules.model_config import ModelConfig
 from user_error import UserError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -39,8 +43,11 @@ def parse_arguments(model_type: str, argv: Sequence[str] | None) -> argparse.Nam
     title = FAMILY_TITLES[model_type]
     parser = argparse.ArgumentParser(description=f"Turn a checkpoint of a {title} into a plain Hugging Face folder.")
     source_help = "a step's folder, a model folder, or a --checkpoint-path (its newest complete step is taken)"
-    parser.add_argument("--ckpt-path", required=True, type=Path, help=source_help)
+    parser.add_argument("--ckpt-path", required=True, help=source_help)
     parser.add_argument("--save-path", required=True, type=Path, help="folder to write; must be missing or empty")
+    adapter_help = "peft folder (LoRA, LayerNorms), or the --checkpoint-path it was trained into, to merge into the model of --ckpt-path, "
+    adapter_help += "which may then also be a name on the hub"
+    parser.add_argument("--merge-adapter", type=Path, metavar="DIR", help=adapter_help)
     parser.add_argument("--n-stages", type=int, help="pipeline stages of the training; only checked")
     parser.add_argument("--n-layer-per-stage", type=int, help="layers per stage of it; only checked")
     parser.add_argument(
@@ -81,16 +88,37 @@ def check_stages(num_layers: int, found: tuple[int, ...] | None, num_stages: int
         raise UserError(f"every stage must hold a layer, and the {num_layers} layers of this model end early with {given}. {cure}")
 
 
+def with_adapter(base: ModelFolder, config: ModelConfig, path: Path) -> MergedModel:
+    """``base`` with the adapter of ``path`` in it, after saying what that is. Raises UserError if they do not fit."""
+    adapter = open_adapter(path, config)
+    merged = MergedModel(base, adapter)
+    print(f"merging {adapter.path}: {describe(adapter)}, into {merged.num_merged} tensors of {base.weights_path}")
+    if adapter.base_model is not None:
+        print(f"the adapter was trained on {adapter.base_model}, it says: merged into other weights of the same shapes it is worth nothing")
+    return merged
+
+
+def describe(adapter: Adapter) -> str:
+    """'LoRA of rank 8, scaling 2 (q_proj, v_proj)', say."""
+    if adapter.lora is None:
+        return "trained LayerNorms"
+    targets = adapter.lora.target_modules
+    return f"LoRA of rank {adapter.lora.rank}, scaling {adapter.scaling:g} ({', '.join(targets[:8])}{' ..' if len(targets) > 8 else ''})"
+
+
 def convert(model_type: str, arguments: argparse.Namespace) -> None:
     """The whole job; raises UserError for whatever the user can cure, and then has written nothing."""
     max_shard_bytes = parse_size(arguments.max_shard_size)
     target = expanded(arguments.save_path)
     if not arguments.plan:
         check_target(target)
-    opened = open_source(expanded(arguments.ckpt_path), model_type, "to_hf", arguments.config_name)
+    folder = expanded(arguments.ckpt_path) if arguments.merge_adapter is None else resolve_model_folder(arguments.ckpt_path)
+    opened = open_source(folder, model_type, "to_hf", arguments.config_name)
     config, source = opened.config, opened.folder
     dtype = chosen_dtype(source, arguments.dtype)
     check_stages(config.num_layers, opened.layers_per_stage, arguments.n_stages, arguments.n_layer_per_stage)
+    if arguments.merge_adapter is not None:
+        source = with_adapter(source, config, expanded(arguments.merge_adapter))
     plan = plan_conversion(source, config, "hugging face", dtype=dtype, max_shard_bytes=max_shard_bytes)
     if arguments.plan:
         print_plan(plan)

@@ -1,5 +1,7 @@
 """Gradients live in flat buckets, and the buckets are summed over replicas while the last backward still runs.
 
+Gradients are fp32 whatever the parameters are: micro-batches and replicas add up without losing small ones, and no sum of fp16 overflows.
+
 A bucket holds parameters of ONE layer only: with three or more replicas the order in which a ring sums depends on the place in
 the buffer, and a bucket that joined layers would make the result depend on the cut. Every parameter starts at a 64-byte boundary,
 so that kernels take the same vector paths wherever it lies. Buckets are at most ``bucket_bytes`` large and go round-robin over
@@ -28,13 +30,14 @@ class _Bucket:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
-        element = parameters[0].element_size()
+        element = torch.float32.itemsize
         starts, size = [], 0
         for parameter in parameters:
             starts.append(size)
             size += -(-parameter.numel() * element // ALIGNMENT_BYTES) * ALIGNMENT_BYTES // element
-        self.flat = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
+        self.flat = torch.zeros(size, dtype=torch.float32, device=parameters[0].device)
         for parameter, start in zip(parameters, starts, strict=True):
+            parameter.grad_dtype = torch.float32
             parameter.grad = self.flat[start : start + parameter.numel()].view_as(parameter)
         self.num_missing = 0
 
@@ -51,7 +54,8 @@ class GradientBuckets:
         added_elsewhere: Collection[nn.Parameter] = (),
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        """added_elsewhere: parameters whose gradients do not come from autograd; whoever adds them calls complete()."""
+        """layers: (layer key, [(name, parameter)...]) of the parameters that are trained. added_elsewhere: parameters whose gradients do
+        not come from autograd; whoever adds them calls complete()."""
         self._groups, self._spans = groups, spans
         self._by_layer: dict[str, list[_Bucket]] = {}
         for key, parameters in layers:
@@ -120,7 +124,7 @@ def _pieces(parameters: list[nn.Parameter], bucket_bytes: int) -> Iterator[list[
     run: list[nn.Parameter] = []
     total = 0
     for parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
+        size = parameter.numel() * torch.float32.itemsize
         if run and total + size > bucket_bytes:
             yield run
             run, total = [], 0

@@ -13,8 +13,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.dropout import Draw, SeededDropout
 from modules.linear import Linear
-from modules.lm_ops import Segments, packed_causal_attention, rotate_interleaved
+from modules.lm_ops import LayerNorm, Segments, packed_causal_attention, rotate_interleaved
 from modules.model_config import ModelConfig, ModelNames, check_rules, read_numbers
 from user_error import UserError
 
@@ -80,6 +81,7 @@ class GPTJAttention(nn.Module):
         self.k_proj = Linear(config.width, config.width, bias=False)
         self.v_proj = Linear(config.width, config.width, bias=False)
         self.out_proj = Linear(config.width, config.width, bias=False)
+        self.attn_dropout, self.resid_dropout = SeededDropout(config.dropout), SeededDropout(config.dropout)
 
     def forward(self, x: Tensor, segments: Segments, rotary: Tensor) -> Tensor:
         """x (B, T, C); rotary (B, T, 1, rotary_dim/2) complex64. Returns (B, T, C)."""
@@ -88,8 +90,8 @@ class GPTJAttention(nn.Module):
         q = rotate_interleaved(self.q_proj(x).view(heads), rotary).transpose(1, 2)  # (B, H, T, D)
         k = rotate_interleaved(self.k_proj(x).view(heads), rotary).transpose(1, 2)  # (B, H, T, D)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
-        y = packed_causal_attention(q, k, v, segments).transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.out_proj(y)
+        y = packed_causal_attention(q, k, v, segments, self.attn_dropout).transpose(1, 2).flatten(2)  # (B, T, C)
+        return self.resid_dropout(self.out_proj(y), segments.draw)
 
 
 class GPTJMLP(nn.Module):
@@ -99,10 +101,11 @@ class GPTJMLP(nn.Module):
         super().__init__()
         self.fc_in = Linear(config.width, config.inner_width)
         self.fc_out = Linear(config.inner_width, config.width)
+        self.dropout = SeededDropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, draw: Draw | None = None) -> Tensor:
         """x (B, T, C). Returns (B, T, C)."""
-        return self.fc_out(F.gelu(self.fc_in(x), approximate="tanh"))
+        return self.dropout(self.fc_out(F.gelu(self.fc_in(x), approximate="tanh")), draw)
 
 
 class GPTJBlock(nn.Module):
@@ -110,11 +113,11 @@ class GPTJBlock(nn.Module):
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.width, eps=config.layer_norm_epsilon)
         self.attn = GPTJAttention(config)
         self.mlp = GPTJMLP(config)
 
     def forward(self, x: Tensor, segments: Segments, rotary: Tensor) -> Tensor:
         """x (B, T, C); rotary (B, T, 1, rotary_dim/2) complex64. Returns (B, T, C)."""
         h = self.ln_1(x)
-        return self.attn(h, segments, rotary) + self.mlp(h) + x
+        return self.attn(h, segments, rotary) + self.mlp(h, segments.draw) + x

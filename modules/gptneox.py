@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.dropout import SeededDropout
 from modules.linear import Linear
-from modules.lm_ops import Segments, packed_causal_attention, rotate_halves
+from modules.lm_ops import LayerNorm, Segments, packed_causal_attention, rotate_halves
 from modules.model_config import ModelConfig, ModelNames, check_rules, read_numbers
 from user_error import UserError
 
@@ -142,6 +143,7 @@ class GPTNeoXAttention(nn.Module):
         self.num_heads, self.head_width = config.num_heads, config.head_width
         self.query_key_value = Linear(config.width, 3 * config.width, bias=config.attention_bias)
         self.dense = Linear(config.width, config.width, bias=config.attention_bias)
+        self.attention_dropout = SeededDropout(config.dropout)
 
     def forward(self, x: Tensor, segments: Segments, rotary: Tensor) -> Tensor:
         """x (B, T, C); rotary (B, T, 1, rotary_dim/2) complex64. Returns (B, T, C)."""
@@ -150,8 +152,8 @@ class GPTNeoXAttention(nn.Module):
         q, k, v = per_head.split(self.head_width, dim=-1)  # (B, T, H, D) each
         q = rotate_halves(q, rotary).transpose(1, 2)  # (B, H, T, D)
         k = rotate_halves(k, rotary).transpose(1, 2)  # (B, H, T, D)
-        y = packed_causal_attention(q, k, v.transpose(1, 2), segments).transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.dense(y)
+        y = packed_causal_attention(q, k, v.transpose(1, 2), segments, self.attention_dropout)  # (B, H, T, D)
+        return self.dense(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class GPTNeoXMLP(nn.Module):
@@ -174,15 +176,17 @@ class GPTNeoXBlock(nn.Module):
     def __init__(self, config: GPTNeoXConfig) -> None:
         super().__init__()
         self.parallel_residual = config.parallel_residual
-        self.input_layernorm = nn.LayerNorm(config.width, eps=config.layer_norm_epsilon)
-        self.post_attention_layernorm = nn.LayerNorm(config.width, eps=config.layer_norm_epsilon)
+        self.input_layernorm = LayerNorm(config.width, eps=config.layer_norm_epsilon)
+        self.post_attention_layernorm = LayerNorm(config.width, eps=config.layer_norm_epsilon)
         self.attention = GPTNeoXAttention(config)
         self.mlp = GPTNeoXMLP(config)
+        self.post_attention_dropout, self.post_mlp_dropout = SeededDropout(config.dropout), SeededDropout(config.dropout)
 
     def forward(self, x: Tensor, segments: Segments, rotary: Tensor) -> Tensor:
         """x (B, T, C); rotary (B, T, 1, rotary_dim/2) complex64. Returns (B, T, C)."""
-        attended = self.attention(self.input_layernorm(x), segments, rotary)  # (B, T, C)
+        draw = segments.draw
+        attended = self.post_attention_dropout(self.attention(self.input_layernorm(x), segments, rotary), draw)  # (B, T, C)
         if self.parallel_residual:
-            return self.mlp(self.post_attention_layernorm(x)) + attended + x
+            return self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(x)), draw) + attended + x
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(x)), draw)

@@ -61,9 +61,14 @@ class WeightGradients:
             if is_final:
                 self._on_final(linear.weight)
         if linear.bias is not None and linear.bias.requires_grad:
-            _add(linear.bias, grad.sum(0))  # (C_out,)
+            _add(linear.bias, _column_sums(grad))  # (C_out,)
             if is_final:
                 self._on_final(linear.bias)
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    """(N, C) to (C,), added up and returned in fp32."""
+    return rows.sum(0, dtype=torch.float32)
 
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:
@@ -80,25 +85,29 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left_over_to: WeightGradients | None, linear: "Linear") -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.left_over_to, ctx.linear = left_over_to, linear
-        return gemm.linear(x, weight, bias)
+        return gemm.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors  # (..., C_in), (C_out, C_in)
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        grad_x = gemm.linear(grad, weight.t()) if need_x else None  # (..., C_in)
+        grad_x = gemm.linear(grad, weight.to(grad.dtype).t()) if need_x else None  # (..., C_in)
         if ctx.left_over_to is not None:
             if need_weight or need_bias:
                 ctx.left_over_to.leave(ctx.linear, x, grad)
             return grad_x, None, None, None, None
         rows = grad.flatten(0, -2)  # (N, C_out)
         grad_weight = gemm.linear(rows.t(), x.flatten(0, -2).t()) if need_weight else None  # (C_out, C_in)
-        return grad_x, grad_weight, rows.sum(0) if need_bias else None, None, None
+        return grad_x, grad_weight, _column_sums(rows) if need_bias else None, None, None
 
 
 class Linear(nn.Linear):
-    """nn.Linear; while ``weight_gradients`` is set, its backward leaves the gradients of weight and bias to that queue."""
+    """nn.Linear; while ``weight_gradients`` is set, its backward leaves the gradients of weight and bias to that queue.
+
+    It computes in the dtype of its input: a weight that is stored in another one (fp16 on a CPU) is converted for the moment. The gradient
+    of a weight is rounded to that dtype once per micro-batch, and added up in the dtype of ``.grad``.
+    """
 
     weight_gradients: WeightGradients | None = None
 

@@ -66,6 +66,7 @@ class ModelConfig:
     rotary_base: float
     layer_norm_epsilon: float
     initializer_range: float
+    dropout: float = 0.0  # not read from config.json: training sets it
 
     model_type: ClassVar[str]  # of --model-type
     hf_model_type: ClassVar[str]  # of config.json

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modules.dropout import SeededDropout, name_dropouts
 from modules.families import FAMILIES
-from modules.lm_ops import Segments, chunked_cross_entropy, rotary_table
+from modules.lm_ops import LayerNorm, Segments, chunked_cross_entropy, rotary_table
 from modules.model_config import ModelConfig
+from modules.quantized import QuantizedLinear
 
 EMBEDDINGS, LM_HEAD = "embeddings", "lm_head"
 Part = TypeVar("Part", bound=nn.Module)
@@ -49,6 +51,11 @@ def in_model_order(names: Iterable[str], num_layers: int) -> list[str]:
     return sorted(names, key=lambda name: (places[layer_key(name)], name))
 
 
+def stored_name(parameter_name: str) -> str:
+    """What files call a parameter of a stage that has adapters: without peft's ``.base_layer`` and ``.default``."""
+    return ".".join(part for part in parameter_name.split(".") if part not in ("base_layer", "default"))
+
+
 class Stage(nn.Module):
     """Layers [first, last) of a model; with first == 0 also the embeddings, with last == num_layers also the final norm and the head."""
 
@@ -63,11 +70,14 @@ class Stage(nn.Module):
             trunk.add_module(names.embeddings, nn.Embedding(config.vocab_size, config.width))
         trunk.add_module(names.layers, nn.ModuleDict({str(i): config.block() for i in range(first, last)}))
         if self.has_head:
-            trunk.add_module(names.final_norm, nn.LayerNorm(config.width, eps=config.layer_norm_epsilon))
+            trunk.add_module(names.final_norm, LayerNorm(config.width, eps=config.layer_norm_epsilon))
         self.add_module(names.trunk, trunk)
         if self.has_head:
             self.add_module(names.head, nn.Linear(config.width, config.vocab_size, bias=config.head_has_bias))
+        self.embedding_dropout = SeededDropout(config.dropout)
+        name_dropouts(self)
         self._rotary: Tensor | None = None
+        self.compute_dtype = torch.float32  # of hidden states, inside and on the wire
         self.recomputes = False  # True: only the inputs of layers are kept for the backward, which computes each layer's forward again
 
     @property
@@ -107,10 +117,10 @@ class Stage(nn.Module):
         """Token ids (B, T) where the stage has the embeddings, else hidden states (B, T, C), to hidden states (B, T, C) before the final
         norm."""
         if self.has_embeddings:
-            x = self.embeddings(x)  # (B, T, C)
+            x = self.embedding_dropout(self.embeddings(x).to(self.compute_dtype), segments.draw)  # (B, T, C)
         rotary = self._rotary_at(segments.positions.to(x.device))
         for block in self.blocks.children():
-            if self.recomputes:  # Chen et al. 2016, arXiv:1604.06174; no layer draws random numbers, so there is no state to keep
+            if self.recomputes:  # Chen et al. 2016, arXiv:1604.06174; no layer draws from a running stream, so there is no state to keep
                 x = checkpoint(block, x, segments, rotary, use_reentrant=False, preserve_rng_state=False)  # (B, T, C)
             else:
                 x = block(x, segments, rotary)  # (B, T, C)
@@ -118,8 +128,10 @@ class Stage(nn.Module):
 
     def loss_sum(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
         """scale * summed cross entropy of the last stage's hidden (B, T, C) against targets (B, T) int64; a float64 scalar."""
-        normed = self.final_norm(hidden)  # (B, T, C)
-        return chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten(), scale)
+        normed = self.final_norm(hidden).flatten(0, 1)  # (B*T, C)
+        if isinstance(self.head, QuantizedLinear):
+            return chunked_cross_entropy(normed, None, None, targets.flatten(), scale, quantized_head=self.head)
+        return chunked_cross_entropy(normed, self.head.weight, self.head.bias, targets.flatten(), scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, C) of the last stage to logits (B, T, V)."""
@@ -135,6 +147,13 @@ class Stage(nn.Module):
             if key in grouped:
                 yield key, grouped[key]
 
+    def trained_by_layer(self) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
+        """The same of the parameters that are trained, under their stored names; layers that have none are left out."""
+        for key, parameters in self.parameters_by_layer():
+            trained = [(stored_name(name), parameter) for name, parameter in parameters if parameter.requires_grad]
+            if trained:
+                yield key, trained
+
     def _rotary_at(self, positions: Tensor) -> Tensor:
         """The rotation at ``positions`` (B, T): (B, T, 1, rotary_dim/2) complex64."""
         if self._rotary is None or self._rotary.device != positions.device:
@@ -145,8 +164,19 @@ class Stage(nn.Module):
 def empty_stage(
     config: ModelConfig, first: int, last: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Stage:
-    """A stage with storage of its own and undefined values. torch's allocator aligns every tensor to 64 bytes, as bit-equality needs."""
-    return meta_stage(config, first, last).to(dtype).to_empty(device=device)
+    """A stage with storage of its own and undefined values. torch's allocator aligns every tensor to 64 bytes, as bit-equality needs.
+
+    dtype: of the parameters. Hidden states are computed in the same, but for fp16 on a CPU, whose units for it are 26 times slower than
+    those for fp32: there it is only stored.
+    """
+    stage = meta_stage(config, first, last).to(dtype).to_empty(device=device)
+    stage.compute_dtype = compute_dtype(dtype, torch.device(device))
+    return stage
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which hidden states are computed where parameters are ``dtype``."""
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
 
 
 def meta_stage(config: ModelConfig, first: int, last: int) -> Stage:

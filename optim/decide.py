@@ -36,9 +36,11 @@ class StepDecision:
         return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
-def layer_square(flat_gradients: Iterable[Tensor]) -> float:
-    """Sum of squares of a layer's gradient, accumulated in float64 over chunks of NORM_CHUNK_ELEMENTS in order."""
-    squares = [torch.dot(wide, wide) for flat in flat_gradients for wide in map(Tensor.double, flat.split(NORM_CHUNK_ELEMENTS))]
+def layer_square(flat_gradients: Iterable[Tensor], loss_scale: float = 1.0) -> float:
+    """Sum of squares of a layer's gradient, which ``loss_scale`` is still in, accumulated in float64 over chunks of NORM_CHUNK_ELEMENTS
+    in order."""
+    pieces = (piece for flat in flat_gradients for piece in flat.split(NORM_CHUNK_ELEMENTS))
+    squares = [torch.dot(wide, wide) for wide in (piece.double().div_(loss_scale) for piece in pieces)]
     return sum(torch.stack(squares).tolist())
 
 

@@ -14,7 +14,7 @@ from transformers import GPTJConfig as HFConfig
 from transformers import GPTJForCausalLM
 
 from checkpoint.companions import read_companions
-from checkpoint.layer_store import StepWriter
+from checkpoint.layer_store import StepWeights, StepWriter
 from checkpoint.model_folder import ModelFolder, load_stage
 from checkpoint.tensor_file import FileRecord
 from checkpoint.train_state import pack_train_state
@@ -93,7 +93,11 @@ def adamw_state(stage: Stage, num_steps: int) -> dict[str, dict[str, Tensor]]:
         for parameter in stage.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
-    return {name: optimizer.state.get(parameter, {}) for name, parameter in stage.named_parameters()}
+    fresh = {
+        name: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": torch.tensor(0.0)}
+        for name, p in stage.named_parameters()
+    }
+    return {name: {**fresh[name], **optimizer.state.get(parameter, {})} for name, parameter in stage.named_parameters()}
 
 
 def write_parts(writer: StepWriter, model: Path, stage: Stage, state: dict[str, dict[str, Tensor]]) -> list[FileRecord]:
@@ -102,6 +106,7 @@ def write_parts(writer: StepWriter, model: Path, stage: Stage, state: dict[str, 
     records = []
     for key, parameters in stage.parameters_by_layer():
         weights = {name: parameter.detach() for name, parameter in parameters}
+        state = state or adamw_state(stage, 0)
         records.append(writer.write_layer(key, weights, dtypes))
         records.append(writer.write_train_state(key, pack_train_state(weights, state, dtypes)))
     return records
@@ -122,7 +127,7 @@ def finish_step(
         [*records, *writer.write_companions(read_companions(copy_from, dtypes={model.dtype(name) for name in model.names()}))],
         elsewhere,
         position=writer.step if position is None else position,
-        model=model,
+        weights=StepWeights.of(model),
         trainer={"step": writer.step, **trainer},
         visible_within_s=0.2,
     )

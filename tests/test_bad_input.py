@@ -56,8 +56,8 @@ def refused(tmp_path: Path, *wanted: str, stages: int = 2, everywhere: bool = Tr
 @pytest.mark.parametrize(
     ("wrong", "wanted"),
     [
-        ({"world_size": 3}, ("--world-size", "3")),
-        ({"world_size": 4, "data_group_size": 1}, ("4 is not 2 x 1 = 2", "Start 2 processes")),
+        ({"world_size": 3, "rendezvous_timeout": 2}, ("--world-size", "3")),
+        ({"world_size": 4, "data_group_size": 1, "rendezvous_timeout": 2}, ("4 is not 2 x 1 = 2", "Start 2 processes")),
         ({"micro_batch_size": 3}, ("3 does not divide 4",)),
         ({"num_layers": 1}, ("1 x 2 = 2 of its 4 layers", "use 2")),
         ({"num_layers": 4}, ("stage 1 of 2 would get none",)),
@@ -70,8 +70,19 @@ def refused(tmp_path: Path, *wanted: str, stages: int = 2, everywhere: bool = Tr
         ({"net_interface": "nosuch0"}, ("'nosuch0' is not one of", "lo (127.0.0.1)")),
         ({"dist_url": "127.0.0.1:99"}, ("tcp://HOST:PORT", "'127.0.0.1:99'")),
         ({"dist_url": "tcp://127.0.0.1:99999"}, ("1 .. 65535",)),
-        ({"fp16": "true"}, ("--fp16 is not there yet",)),
-        ({"optimizer": "8bit-adam"}, ("8bit-adam is not there yet",)),
+        ({"fp16": "true", "bf16": "true"}, ("two precisions of the same parameters", "pass one")),
+        ({"loss_scale": 512}, ("--loss-scale is for --fp16", "Leave it out")),
+        ({"fp16": "true", "loss_scale": 0}, ("--loss-scale must be above 0 and at most 16777216",)),
+        ({"fp16": "true", "min_loss_scale": 100000}, ("--min-loss-scale must not exceed --initial-loss-scale",)),
+        ({"base_quantization": "int8"}, ("for weights that are not trained, and --train all trains every one", "--train lora")),
+        ({"train": "lora", "quantize_ends": "true"}, ("--quantize-ends adds to --base-quantization, which is none",)),
+        ({"train": "lora", "lora_rank": 0}, ("rank of LoRA must be at least 1; it is 0",)),
+        ({"train": "lora", "lora_rank": -2}, ("rank of LoRA must be at least 1; it is -2",)),
+        ({"train": "lora", "lora_alpha": 0}, ("alpha of LoRA must be a number above 0",)),
+        ({"train": "lora", "lora_dropout": 1}, ("dropout of LoRA must be at least 0 and below 1",)),
+        ({"train": "lora", "lora_target_modules": "query,v_proj"}, ("'query' is none", "q_proj, k_proj, v_proj, out_proj, fc_in, fc_out")),
+        ({"train": "lora", "lora_target_modules": ","}, ("there is none", "q_proj")),
+        ({"dropout": 1}, ("--dropout must be 0 or more and below 1",)),
         ({"pp_mode": "interleaved"}, ("--pp-mode", "'interleaved'", "'gpipe', '1f1b', 'zb'")),
         ({"wire_dtype": "int2"}, ("--wire-dtype", "'int2'", "'int8', 'int4'")),
         ({"wire_dtype_grad": "int4"}, ("multiple of 64", "it is 32", "int8")),
@@ -113,7 +124,10 @@ def test_a_wrong_flag_is_refused_by_every_rank(
 
 
 def test_all_problems_of_a_command_line_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert dist_clm_train.main(["--batch-size", "3", "--micro-batch-size", "2", "--world-size", "3", "--pipeline-group-size", "2"]) == 2
+    soon = ("--rendezvous-timeout", "1")
+    assert (
+        dist_clm_train.main(["--batch-size", "3", "--micro-batch-size", "2", "--world-size", "3", "--pipeline-group-size", "2", *soon]) == 2
+    )
     text = capsys.readouterr().err
     for part in ("--model-name is required", "--task-name is required", "2 does not divide 3", "no multiple of --pipeline-group-size 2"):
         assert part in text

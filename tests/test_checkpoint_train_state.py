@@ -8,7 +8,8 @@ from checkpoint_helpers import adamw_state, as_bytes, hf_model, loaded_stage, sa
 from safetensors.torch import load_file, save_file
 
 from checkpoint.train_state import pack_train_state, read_layer_state, read_trainer_state
-from checkpoint.weight_file import open_weight_file
+from checkpoint.weight_file import TensorSpec, open_weight_file
+from optim.build import AdamSettings, AdamW
 from user_error import UserError
 
 
@@ -18,7 +19,12 @@ def load_train_state(step, stage):
     for key, parameters in stage.parameters_by_layer():
         dtypes = {name: spec.dtype for name, spec in open_weight_file(step / f"{key}.safetensors").specs.items()}
         file = open_weight_file(step / "train_state" / f"{key}.safetensors")
-        states |= read_layer_state(file, {name: parameter.shape for name, parameter in parameters}, dtypes)
+        specs = {}
+        for name, parameter in parameters:
+            kinds = ["exp_avg", "exp_avg_sq", *(["master"] if dtypes[name] != torch.float32 else [])]
+            specs[name] = {kind: TensorSpec(dtype=torch.float32, shape=parameter.shape) for kind in kinds}
+            specs[name]["step"] = TensorSpec(dtype=torch.float32, shape=torch.Size())
+        states |= read_layer_state(file, specs)
     return states
 
 
@@ -58,8 +64,9 @@ def test_masters_hold_what_the_weight_file_rounds_away(tmp_path):
     assert torch.equal(load_train_state(step, stage)["lm_head.weight"]["master"], weight)
 
 
-def test_a_parameter_without_an_update_yet_is_stored_as_adamw_starts(tmp_path):
-    packed = pack_train_state({"w": torch.ones(3)}, {"w": {}}, {"w": torch.float32})
+def test_a_parameter_without_an_update_yet_is_stored_as_adamw_starts():
+    optimizer = AdamW({"w": torch.nn.Parameter(torch.ones(3))}, AdamSettings(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0))
+    packed = pack_train_state({"w": torch.ones(3)}, optimizer.state(), {"w": torch.float32})
     assert packed.keys() == {"exp_avg/w", "exp_avg_sq/w", "step/w"}
     assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in packed.values())
 

@@ -27,7 +27,7 @@ DEADLINE_S = 10.0
 PHASES: dict[str, tuple[Any, str, int]] = {
     "meeting": (job, "_form", 1),
     "preparing": (start, "find_folders", 1),
-    "loading": (loop, "load_stage", 1),
+    "loading": (loop, "load_weights", 1),
     "forward": (PipelineEngine, "_forward", 3),
     "backward": (PipelineEngine, "_backward", 3),
     "allreduce": (GradientBuckets, "finish", 2),

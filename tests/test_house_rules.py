@@ -32,7 +32,7 @@ FLOORS = {
 }
 SCRIPTS = [name for name, floor in FLOORS.items() if floor == 4]
 SPEAKING = [*SCRIPTS, "converters"]  # they have command lines of their own and print
-COMMANDS = ["checkpoint/gather.py", "checkpoint/inspect.py"]  # the same, as single files: python -m checkpoint.gather
+COMMANDS = ["checkpoint/gather.py", "checkpoint/inspect.py", "training/memory.py"]  # the same, as single files: python -m checkpoint.gather
 
 
 def sources() -> list[Path]:
@@ -170,7 +170,7 @@ def test_every_flag_is_documented_and_read(field: "dataclasses.Field[object]") -
 def test_optional_packages_and_cuda_are_not_touched_at_import() -> None:
     code = (
         "import sys, torch, dist_clm_train, convert_from_hf_gptj, convert_to_hf_gptneox, converters.from_hf, converters.to_hf\n"
-        "loaded = {'wandb', 'bitsandbytes', 'cupy', 'datasets', 'transformers'} & set(sys.modules)\n"
+        "loaded = {'wandb', 'bitsandbytes', 'cupy', 'datasets', 'peft', 'transformers'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
         "assert not torch.cuda.is_initialized()\n"
     )

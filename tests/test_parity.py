@@ -28,10 +28,10 @@ from training.job import COLLECTIVE_TIMEOUT
 SEQ_LENGTH, NUM_SEQUENCES, CLIP = 24, 16, 0.05
 
 
-def load(folder: Path, first: int = 0, last: int | None = None) -> Stage:
+def load(folder: Path, first: int = 0, last: int | None = None, dtype: torch.dtype = torch.float32) -> Stage:
     opened = ModelFolder.open(folder)
     config = read_model_config(opened.config)
-    stage = empty_stage(config, first, config.num_layers if last is None else last)
+    stage = empty_stage(config, first, config.num_layers if last is None else last, dtype=dtype)
     load_stage(stage, opened)
     return stage
 
@@ -160,6 +160,8 @@ def write_grid_gradients(
     tokens: torch.Tensor,
     num_targets: int,
     settings: Sequence[tuple[int, int, str]] = ALL_SETTINGS,
+    dtype: torch.dtype = torch.float32,
+    loss_scale: float = 1.0,
 ) -> None:
     """In stages x replicas ranks: the gradient with each of ``settings``."""
 
@@ -169,7 +171,7 @@ def write_grid_gradients(
         groups = make_groups(place, "gloo", COLLECTIVE_TIMEOUT)
         for micro_batches, accumulation, variant in settings:
             mode, extra_warmup, recomputes = VARIANTS[variant]
-            stage = load(folder, *even_cut(4, stages)[place.pp])
+            stage = load(folder, *even_cut(4, stages)[place.pp], dtype=dtype)
             stage.recomputes = recomputes
             batch_size = NUM_SEQUENCES // (replicas * accumulation)
             gradient = GlobalGradient(
@@ -185,7 +187,7 @@ def write_grid_gradients(
                 clip_grad_norm=CLIP,
             )
             share = tokens.view(accumulation, replicas, batch_size, 2, SEQ_LENGTH)[:, place.dp]
-            decision = gradient.compute(share, num_targets)
+            decision = gradient.compute(share, num_targets, loss_scale=loss_scale)
             found = {name: parameter.grad.clone() for name, parameter in stage.named_parameters()}  # type: ignore[union-attr]
             found["decision"] = torch.tensor([decision.loss, decision.grad_norm, decision.clip_factor], dtype=torch.float64)
             save_file(found, out / f"{variant}_s{stages}_r{replicas}_m{micro_batches}_a{accumulation}_rank{rank}.safetensors")
@@ -264,6 +266,55 @@ def test_a_handful_of_grids_gives_gptneoxs_single_process_gradient_in_the_same_b
             for merged, reference in zip(gradients_of(tmp_path, stages, *setting), references, strict=True):
                 assert [name for name in merged if not torch.equal(merged[name], reference[name])] == [], (stages, *setting)
                 compare_with_single_process(merged, expected, norm, hf_loss, what=f"{stages} stages, {setting}")
+
+
+def micro_batch_gradient(
+    folder: Path, tokens: torch.Tensor, num_targets: int, dtype: torch.dtype, loss_scale: float, micro_batch_size: int
+) -> tuple[dict[str, torch.Tensor], float]:
+    """single_process_gradient by the rules of half precision: a micro-batch's gradient is rounded once, and added up in fp32."""
+    stage, norm_square = load(folder, dtype=dtype), 0.0
+    total = {name: torch.zeros(parameter.shape) for name, parameter in stage.named_parameters()}
+    for piece in tokens.split(micro_batch_size):
+        ids, positions = piece[:, 0].long(), piece[:, 1].long()
+        for parameter in stage.parameters():
+            parameter.grad, parameter.grad_dtype = None, torch.float32  # type: ignore[attr-defined]
+        hidden = stage(ids, Segments.from_positions(positions))
+        stage.loss_sum(hidden, next_token_targets(ids, positions), loss_scale / num_targets).backward()
+        for name, parameter in stage.named_parameters():
+            assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+            total[name] += parameter.grad
+    for gradient in total.values():
+        gradient /= loss_scale
+        norm_square += float(gradient.double().square().sum())
+    factor = min(1.0, CLIP / (norm_square**0.5 + 1e-6))
+    return {name: gradient * factor for name, gradient in total.items()}, norm_square**0.5
+
+
+@pytest.mark.parametrize(("dtype", "loss_scale"), [(torch.bfloat16, 1.0), (torch.float16, 4096.0)])
+@pytest.mark.parametrize("family", ["gptj", "gptneox"])
+def test_a_handful_of_grids_gives_the_single_process_gradient_in_half_precision(
+    family: str, dtype: torch.dtype, loss_scale: float, model_folder: Path, neox_folder: Path, tmp_path: Path
+) -> None:
+    folder = model_folder if family == "gptj" else neox_folder
+    tokens, num_targets = example_tokens(NUM_SEQUENCES, SEQ_LENGTH, 320)
+    fp32, _ = single_process_gradient(folder, tokens, num_targets)
+    settings = [(2, 1, "1f1b"), (4, 2, "zb_ahead_recompute")]
+    for replicas, stages in itertools.product((1, 2), (1, 2, 4)):
+        write_grid_gradients(folder, tmp_path, stages, replicas, tokens, num_targets, settings, dtype, loss_scale)
+        for micro_batches, accumulation, variant in settings:
+            micro_batch_size = NUM_SEQUENCES // (replicas * accumulation * micro_batches)
+            expected, norm = micro_batch_gradient(folder, tokens, num_targets, dtype, loss_scale, micro_batch_size)
+            setting = (replicas, micro_batches, accumulation, variant)
+            reference = gradients_of(tmp_path, 1, *setting)[0]
+            for merged in gradients_of(tmp_path, stages, *setting):
+                assert [name for name in merged if not torch.equal(merged[name], reference[name])] == [], (stages, *setting)
+                assert merged.pop("decision")[1].item() == pytest.approx(norm, rel=1e-6)
+                for name, gradient in merged.items():
+                    assert gradient.dtype == torch.float32
+                    difference = (gradient - expected[name]).norm() / expected[name].norm()
+                    assert difference <= 1e-6, (name, stages, *setting)
+                    from_fp32 = (gradient - fp32[name]).norm() / fp32[name].norm()
+                    assert 1e-6 < from_fp32 < (3e-2 if dtype == torch.bfloat16 else 3e-3), f"{name}: {from_fp32}"
 
 
 def test_the_gradient_has_the_same_bits_at_every_number_of_stages_and_in_every_schedule(grids: tuple[Path, torch.Tensor, int]) -> None:

@@ -7,7 +7,6 @@ group, one layer at a time, each checked against the manifest's sha256, and drop
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from checkpoint.layer_loading import load_layer
 from checkpoint.layered_folder import file_of_layer
 from checkpoint.manifest import TRAIN_STATE
 from checkpoint.tensor_file import FileRecord, explained_disk_errors
-from checkpoint.weight_file import open_weight_file
+from checkpoint.weight_file import TensorSpec, open_weight_file
 from comms.links import naming_the_peer
 from modules.stage import Stage, layer_keys
 from optim.build import AdamW
@@ -31,22 +30,28 @@ WIRE_CHUNK_BYTES = 16 << 20
 def load_stage_state(job: Job, point: ResumePoint, stage: Stage, optimizer: AdamW, root: Path) -> None:
     """Called by all ranks: parameters, from the fp32 masters where the files are narrower, and optimizer states, from own files or from
     those of other ranks, which pass through a temporary folder in ``root``. Strict. Raises UserError, PeerLost."""
-    own = dict(stage.parameters_by_layer())
+    own = dict(stage.trained_by_layer())
+    specs = {
+        name: {kind: TensorSpec(dtype=tensor.dtype, shape=tensor.shape) for kind, tensor in state.items()}
+        for name, state in optimizer.state().items()
+    }
     readers = _readers(job)
-    states: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix=COLLECTED_PREFIX, dir=root) as temporary:
         for key in layer_keys(job.model_config.num_layers):
             names = [file_of_layer(key)]
+            if names[0] not in point.records and key not in own:
+                continue  # of adapters: nothing of this layer is trained
             if point.has_optimizer:
                 names.append(f"{TRAIN_STATE}/{file_of_layer(key)}")
             paths = [_collect(job, point, name, readers[key], Path(temporary)) for name in names]
             if key in own:
                 files = [open_weight_file(path) for path in paths]
-                states |= load_layer(own[key], files[0], files[1] if point.has_optimizer else None)
+                shapes = {name: parameter.shape for name, parameter in own[key]}
+                states = load_layer(shapes, files[0], files[1] if point.has_optimizer else None, specs, optimizer.assign)
+                if point.has_optimizer:
+                    optimizer.load_state(states)
             for path in Path(temporary).iterdir():
                 path.unlink()
-    if point.has_optimizer:
-        optimizer.load_state(states)
 
 
 def _readers(job: Job) -> dict[str, list[int]]:

@@ -12,12 +12,14 @@ from comms.rendezvous import DEFAULT_DIST_URL, Door, door_of_torchrun, parse_dis
 from pipeline_parallel.schedule import PipelineMode
 from training.flags import describe_flags, flag
 
-_MODEL, _MEETING, _GRID, _DATA, _STEPS, _OPTIMIZER, _SAVING, _REPORT, _MACHINE = (
+_MODEL, _MEETING, _GRID, _DATA, _STEPS, _TRAINED, _PRECISION, _OPTIMIZER, _SAVING, _REPORT, _MACHINE = (
     "model",
     "meeting",
     "grid",
     "data",
     "steps",
+    "what is trained",
+    "precision",
     "optimizer",
     "checkpoints",
     "report",
@@ -93,7 +95,7 @@ class Config:
     )
     wire_dtype: WireDtype = flag(
         "none",
-        "form in which activations travel between stages; none: as computed (fp32); int8: a scale per row; int4: one per 64 values, which "
+        "form in which activations travel between stages; none: as computed; int8: a scale per row; int4: one per 64 values, which "
         "must divide the model's width",
         group=_GRID,
     )
@@ -126,8 +128,60 @@ class Config:
     warmup_steps: int | None = flag(None, "accumulation steps over which the learning rate rises; left out: 0", group=_STEPS)
     warmup_proportion: float | None = flag(None, "the same as a share of --total-steps, 0 .. 1", group=_STEPS)
 
+    fp16: bool = flag(
+        False,
+        "parameters and hidden states in fp16, with fp32 masters and a loss scale; a CPU, which is slow at it, computes in fp32",
+        group=_PRECISION,
+    )
+    bf16: bool = flag(False, "parameters and hidden states in bf16, with exact masters; gradients add up in fp32", group=_PRECISION)
+    master_weights: Literal["split", "fp32"] = flag(
+        "split",
+        "split: a bf16 parameter and 16 more bits are its fp32 master, 4 bytes in all; fp32: whole masters, 6 bytes, the same bits (--fp16 "
+        "always has those)",
+        group=_PRECISION,
+    )
+    loss_scale: float | None = flag(
+        None, "the factor that keeps fp16 gradients from vanishing, for the whole run; left out: it follows the overflows", group=_PRECISION
+    )
+    initial_loss_scale: float = flag(32768.0, "where the loss scale of --fp16 begins", group=_PRECISION)
+    loss_scale_window: int = flag(1000, "optimizer steps without an overflow until the loss scale doubles", group=_PRECISION)
+    min_loss_scale: float = flag(1.0, "the least that overflows reduce the loss scale to", group=_PRECISION)
+    loss_scale_hysteresis: int = flag(
+        2, "overflows until the loss scale is halved, and with each further one again; counted anew when it doubles", group=_PRECISION
+    )
+
+    train: Literal["all", "lora", "layernorm"] = flag(
+        "all",
+        "what is trained: all weights; lora: low-rank adapters beside frozen linears; layernorm: the LayerNorms alone. The latter two "
+        "leave checkpoints of a few MB that peft reads",
+        group=_TRAINED,
+    )
+    lora_rank: int = flag(8, "rank of the adapters of --train lora", group=_TRAINED)
+    lora_alpha: float = flag(16.0, "the adapters' output is multiplied by alpha / rank", group=_TRAINED)
+    lora_dropout: float = flag(0.0, "share of an adapter's input that is dropped while training, 0 .. 1", group=_TRAINED)
+    lora_target_modules: str = flag(
+        "all-linear",
+        "the linears of a layer that get adapters: names such as q_proj,v_proj (GPT-NeoX: query_key_value,dense), or all-linear",
+        group=_TRAINED,
+    )
+    dropout: float = flag(
+        0.0,
+        "share of the embeddings' output, of attention weights and of what attention and MLP add that is dropped while training, 0 .. 1",
+        group=_TRAINED,
+    )
+    base_quantization: Literal["none", "int8", "nf4"] = flag(
+        "none",
+        "form of the frozen linears for --train lora and layernorm: int8: 1 byte a weight, a scale per row; nf4: about 0.56 bytes (needs "
+        "bitsandbytes)",
+        group=_TRAINED,
+    )
+    quantize_ends: bool = flag(False, "with --base-quantization: embeddings and head in int8 too", group=_TRAINED)
+
     optimizer: Literal["adam", "8bit-adam"] = flag(
-        "adam", "adam: AdamW, fused, fp32 (8bit-adam comes with a later version)", group=_OPTIMIZER
+        "adam", "adam: AdamW, fused, fp32 moments; 8bit-adam: moments in 8 bits, 2 bytes a parameter (needs bitsandbytes)", group=_OPTIMIZER
+    )
+    optimizer_offload: Literal["none", "cpu"] = flag(
+        "none", "cpu: masters and moments lie in host memory and are updated there; for GPUs, on a CPU they do anyway", group=_OPTIMIZER
     )
     lr: float = flag(1e-5, "peak learning rate", group=_OPTIMIZER)
     min_lr: float = flag(0.0, "learning rate of the last update (which changes nothing at 0)", group=_OPTIMIZER)
@@ -139,7 +193,11 @@ class Config:
     adam_beta2: float = flag(0.999, "decay of the second moment", group=_OPTIMIZER)
     adam_eps: float = flag(1e-6, "term added to the denominator", group=_OPTIMIZER)
     clip_grad_norm: float = flag(1.0, "largest norm of the gradient over all stages; 0: no clipping", group=_OPTIMIZER)
-    fp16: bool = flag(False, "half precision with loss scaling (comes with a later version)", group=_OPTIMIZER)
+    max_skipped_steps: int = flag(
+        10,
+        "optimizer steps in a row whose loss or gradient is not finite, and which change nothing, until the run gives up",
+        group=_OPTIMIZER,
+    )
     seed: int = flag(42, "seed of fresh weights and of the data order", group=_OPTIMIZER)
 
     checkpoint_path: str | None = flag(

@@ -17,6 +17,7 @@ from comms.place import Place
 from comms.spans import Spans
 from comms.transport import make_transport
 from data_parallel.allreduce import GradientBuckets
+from modules.dropout import Draw
 from modules.linear import WeightGradients, linears
 from modules.lm_ops import Segments
 from modules.stage import Stage, layer_keys
@@ -63,25 +64,28 @@ class GlobalGradient:
         micro_batch_size: int,
         seq_length: int,
         clip_grad_norm: float,
+        dropout_seed: int | None = None,
     ) -> None:
-        """peer_names: of every rank, for messages. clip_grad_norm: 0 does not clip. Raises UserError for a codec that does not fit."""
+        """peer_names: of every rank, for messages. clip_grad_norm: 0 does not clip. dropout_seed: None where nothing is dropped. Raises
+        UserError for a codec that does not fit."""
+        self._dropout_seed = dropout_seed
         self._place, self._spans, self._schedule = place, spans, schedule
         self._micro_batch_size, self._clip_grad_norm = micro_batch_size, clip_grad_norm
         self._num_micro_batches = batch_size // micro_batch_size
         self._layers = layer_keys(stage.config.num_layers)
         self._device = next(stage.parameters()).device
         shape = (micro_batch_size, seq_length, stage.config.width)
-        self._codecs = wire_codecs(schedule.wire_dtype, schedule.wire_dtype_grad, shape, self._device)
+        self._codecs = wire_codecs(schedule.wire_dtype, schedule.wire_dtype_grad, shape, self._device, stage.compute_dtype)
         self._to_previous = self._link(groups.to_previous, peer_names, is_next=False)
         self._to_next = self._link(groups.to_next, peer_names, is_next=True)
-        leaving = linears(stage) if schedule.mode == "zb" else []
+        leaving = [part for part in linears(stage) if part.weight.requires_grad] if schedule.mode == "zb" else []
         self._buckets = GradientBuckets(
-            stage.parameters_by_layer(),
+            stage.trained_by_layer(),
             groups=groups.replicas,
             spans=spans,
-            added_elsewhere=[parameter for linear in leaving for parameter in linear.parameters()],
+            added_elsewhere=[parameter for linear in leaving for parameter in linear.parameters() if parameter.requires_grad],
         )
-        weight_gradients = WeightGradients(self._buckets.complete) if leaving else None
+        weight_gradients = WeightGradients(self._buckets.complete) if schedule.mode == "zb" else None
         for linear in leaving:
             linear.weight_gradients = weight_gradients
         self._engine = PipelineEngine(
@@ -113,9 +117,13 @@ class GlobalGradient:
             return self._num_micro_batches
         return max(LEAST_DEPTH, 1 + warmup_forwards(first_stage, self._place.pp_size, self._schedule.extra_warmup))
 
-    def compute(self, tokens: Tensor, num_targets: int, *, wants_stop: bool = False) -> StepDecision:
+    def compute(
+        self, tokens: Tensor, num_targets: int, *, step: int = 0, loss_scale: float = 1.0, wants_stop: bool = False
+    ) -> StepDecision:
         """Collective over all ranks. tokens: this replica's share, (A, N, 2, T) int32, for A accumulation steps of N sequences
-        ([:, :, 0] ids, [:, :, 1] positions); num_targets: of the whole global batch; wants_stop: this rank votes to end the run.
+        ([:, :, 0] ids, [:, :, 1] positions); num_targets: of the whole global batch; step: optimizer
+        step, which decides what dropout draws; loss_scale: see optim/loss_scale.py, no longer in the
+        gradients when this returns, unless the step is to be skipped; wants_stop: this rank votes to end the run.
         Gradients are added to what ``.grad`` holds (see forget()). Raises PeerLost."""
         actions = order(
             self._schedule.mode,
@@ -125,26 +133,29 @@ class GlobalGradient:
             num_accumulation_steps=len(tokens),
             extra_warmup=self._schedule.extra_warmup,
         )
-        micro_batches = self._micro_batches(tokens.flatten(0, 1))
-        loss = self._engine.run(actions, micro_batches, scale=1.0 / num_targets, before_last_backward=self._buckets.arm)
+        micro_batches = self._micro_batches(tokens, step)
+        loss = self._engine.run(actions, micro_batches, scale=loss_scale / num_targets, before_last_backward=self._buckets.arm)
         self._buckets.finish()
         with self._spans.span("gradient norm"):
-            squares = {key: layer_square(flats) for key, flats in self._buckets.flat_gradients()} if self._place.dp == 0 else {}
+            squares = {}
+            if self._place.dp == 0:
+                squares = {key: layer_square(flats, loss_scale) for key, flats in self._buckets.flat_gradients()}
         with self._spans.span("agreeing on the step"):
             decision = decide_step(
                 place=self._place,
                 layers=self._layers,
                 squares=squares,
-                loss=loss.item(),
+                loss=loss.item() / loss_scale,
                 clip_grad_norm=self._clip_grad_norm,
                 device=self._device,
                 wants_stop=wants_stop,
                 sums=self._wire_sums(),
             )
-        if decision.clip_factor < 1.0 and not decision.skip:
+        factor = decision.clip_factor / loss_scale
+        if factor != 1.0 and not decision.skip:
             for _, flats in self._buckets.flat_gradients():
                 for flat in flats:
-                    flat.mul_(decision.clip_factor)
+                    flat.mul_(factor)
         return decision
 
     def _wire_sums(self) -> tuple[float, ...]:
@@ -168,21 +179,25 @@ class GlobalGradient:
         """Set every gradient to 0 for the next step."""
         self._buckets.zero()
 
-    def _micro_batches(self, batch: Tensor) -> list[MicroBatch]:
-        """batch (A*N, 2, T) int32 to micro-batches on the stage's device, in the order of their accumulation steps."""
-        return [
-            MicroBatch(piece[:, 0].long().to(self._device), Segments.from_positions(piece[:, 1]).to(self._device))
-            for piece in batch.split(self._micro_batch_size)
-        ]
+    def _micro_batches(self, tokens: Tensor, step: int) -> list[MicroBatch]:
+        """tokens (A, N, 2, T) int32 to micro-batches on the stage's device, in the order of their accumulation steps."""
+        micro_batches = []
+        for accumulation_step, batch in enumerate(tokens):
+            first = (accumulation_step * self._place.dp_size + self._place.dp) * self._num_micro_batches  # as the data is dealt to replicas
+            for number, piece in enumerate(batch.split(self._micro_batch_size), start=first):
+                draw = None if self._dropout_seed is None else Draw(seed=self._dropout_seed, step=step, micro_batch=number)
+                segments = Segments.from_positions(piece[:, 1], draw).to(self._device)
+                micro_batches.append(MicroBatch(piece[:, 0].long().to(self._device), segments))
+        return micro_batches
 
 
 def wire_codecs(
-    wire_dtype: WireDtype, wire_dtype_grad: WireDtype, shape: tuple[int, int, int], device: torch.device
+    wire_dtype: WireDtype, wire_dtype_grad: WireDtype, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Codec, Codec]:
-    """Of activations and of gradients, both (B, T, C) fp32."""
-    activations = make_codec(wire_dtype, shape=shape, dtype=torch.float32, device=device)
+    """Of activations and of gradients, both (B, T, C) and computed in ``dtype``."""
+    activations = make_codec(wire_dtype, shape=shape, dtype=dtype, device=device)
     same = wire_dtype == wire_dtype_grad
-    return activations, activations if same else make_codec(wire_dtype_grad, shape=shape, dtype=torch.float32, device=device)
+    return activations, activations if same else make_codec(wire_dtype_grad, shape=shape, dtype=dtype, device=device)
 
 
 def wire_report(decision: StepDecision) -> WireReport:

@@ -33,6 +33,7 @@ from comms.spans import Spans
 from training.allocator import keep_freed_memory
 from training.config import Config, shared_flags
 from training.local_facts import LocalFacts, look_around
+from training.precision import SHORT, precision_of
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -181,6 +182,7 @@ def _hello(config: Config, facts: LocalFacts | None, problem: str | None) -> Hel
         plan = {
             **shared_flags(config),
             "transport": facts.backend,
+            "hidden states": SHORT[precision_of(config, facts.device).compute],  # --fp16 has other ones on a CPU
             "model (configuration and tensor shapes)": facts.model.digest(),
             "torch version": torch.__version__.split("+")[0],
             "python version": ".".join(platform.python_version_tuple()[:2]),

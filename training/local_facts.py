@@ -15,6 +15,7 @@ from comms.place import Place, place_of
 from modules.families import read_model_config
 from modules.model_config import ModelConfig
 from pipeline_parallel.partition import Cut, cut_by_num_layers, cut_by_stage_layers, even_cut, parse_stage_layers
+from training.assembly import check_assembly
 from training.config import Config
 from user_error import UserError
 
@@ -62,6 +63,7 @@ def look_around(config: Config) -> LocalFacts:
         )
     for wire_dtype in (config.wire_dtype, config.wire_dtype_grad or "none") if config.num_stages > 1 else ():
         check_width(wire_dtype, model_config.width)
+    check_assembly(config, model_config, device)
     cut = _cut(config, model_config.num_layers)
     return LocalFacts(place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut)
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from checkpoint.model_folder import load_stage
-from modules.stage import draw_parameter, empty_stage
-from optim.build import AdamSettings, AdamW
+from checkpoint.model_folder import load_weights
+from modules.stage import draw_parameter
 from optim.decide import StepDecision
+from optim.loss_scale import LossScale
 from optim.schedule import LearningRate
+from training.assembly import WeightTaker, assemble_stage, make_optimizer, step_companions, step_weights
 from training.collecting import load_stage_state
 from training.config import Config
 from training.data import sequences_per_step, start_reader
@@ -29,6 +30,7 @@ from training.gradient import GlobalGradient, wire_report
 from training.job import Job
 from training.opening import describe_run
 from training.plan import PipelinePlan, agree_on_plan
+from training.precision import precision_of
 from training.replicas import check_replicas_alike
 from training.report import Report
 from training.saving import SaveOptions, Saver
@@ -39,8 +41,6 @@ from training.verifying import check_probe, make_probe
 from user_error import UserError
 
 log = logging.getLogger("trainer")
-
-MAX_SKIPPED_IN_A_ROW = 10
 
 
 def train(job: Job, config: Config, stop_request: StopRequest) -> None:
@@ -78,9 +78,10 @@ class Trainer:
         self._accumulate = config.gradient_accumulate_step
         self._num_updates = config.total_steps // self._accumulate
         first, last = job.cut[job.place.pp]
-        self._stage = empty_stage(job.model_config, first, last, device=job.device)
-        self._stage.recomputes = config.recompute == "layer"
-        self._optimizer = AdamW(dict(self._stage.named_parameters()), _adam_settings(config))
+        precision = precision_of(config, job.device)
+        self._stage = assemble_stage(config, job.model_config, (first, last), job.device, precision)
+        self._optimizer = make_optimizer(config, self._stage, precision)
+        self._loss_scale = LossScale(precision.loss_scale)
         self._load(start)
         check_replicas_alike(job, self._stage)
         self._gradient = GlobalGradient(
@@ -94,6 +95,7 @@ class Trainer:
             micro_batch_size=config.micro_batch_size,
             seq_length=config.seq_length,
             clip_grad_norm=config.clip_grad_norm,
+            dropout_seed=config.seed if config.dropout or (config.train == "lora" and config.lora_dropout) else None,
         )
         self._learning_rate = _learning_rate(config, self._num_updates)
         self._saver = Saver(
@@ -103,7 +105,8 @@ class Trainer:
             self._stage,
             self._optimizer,
             SaveOptions(is_async=config.async_checkpoint, with_optimizer=config.checkpoint_optimizer, keep=config.keep_checkpoints),
-            tokenizer_from=None if desk is None else desk.encoder.folder,
+            weights=step_weights(config, job.model, job.model_config),
+            companions=None if desk is None else step_companions(config, job.model, job.model_config, desk.encoder.folder),
         )
         self._save_stall_s = 0.0  # of the saves since the last row
         self._reader = start_reader(config, desk.mixture) if desk is not None else None
@@ -185,17 +188,21 @@ class Trainer:
         )
 
     def _load(self, start: Start) -> None:
+        taker = WeightTaker(self._stage, self._optimizer)
+        is_whole_in_checkpoint = start.point is not None and self._config.train == "all"
+        if not is_whole_in_checkpoint and self._config.load_pretrained_model:
+            load_weights(self._job.model, taker.shapes, taker.take)
+        elif not is_whole_in_checkpoint:
+            for name, shape in taker.shapes.items():
+                values = torch.empty(shape, dtype=torch.float32)
+                draw_parameter(values, name, self._job.model_config, self._config.seed)
+                taker.take(name, values)
         if start.point is not None:
             load_stage_state(self._job, start.point, self._stage, self._optimizer, self._root)
-        elif self._config.load_pretrained_model:
-            load_stage(self._stage, self._job.model)
-        else:
-            with torch.no_grad():
-                for name, parameter in self._stage.named_parameters():
-                    draw_parameter(parameter, name, self._job.model_config, self._config.seed)
+            self._loss_scale.load(start.point.trainer["loss_scale"])
 
     def _one_step(self, feed: StepFeed, started: float, stop_request: StopRequest) -> StepDecision:
-        before = self._step
+        before, loss_scale = self._step, self._loss_scale.value
         learning_rate = self._learning_rate.at(self._optimizer_step + 1)
         decision = self._update(feed, learning_rate, wants_stop=stop_request.name is not None)
         self._optimizer_step += 1
@@ -222,33 +229,54 @@ class Trainer:
                 "wire_bytes": wire.num_bytes,
                 "wire_error": wire.activation_error,
                 "wire_error_grad": wire.gradient_error,
-                "loss_scale": 1.0,
+                "loss_scale": loss_scale,
                 "skipped": decision.skip,
             }
         )
+        if decision.skip and self._job.place.rank == 0:
+            self._say_skipped(decision, loss_scale)
         self._save_stall_s = 0.0
         every = self._config.checkpoint_steps
         if every and not decision.skip:
             self._saver.prepare()
         if every and self._step // every > before // every:
             self._save(is_last=self._optimizer_step >= self._num_updates)
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if self._skipped_in_a_row >= self._config.max_skipped_steps:
             self._saver.wait()
             self._job.wait_for_all()  # rank 0 may still be committing a checkpoint
             raise UserError(
-                f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, up to step "
-                f"{self._step}; none of them changed the "
-                "weights. Lower --lr, lengthen the warm-up, or look at the data, and start again from the newest checkpoint"
+                f"the loss or its gradient was not finite in {self._skipped_in_a_row} optimizer steps in a row (--max-skipped-steps), up "
+                f"to step {self._step}; none of them changed the weights. {self._advice()}Lower --lr, lengthen the warm-up, or look at the "
+                "data, and start again from the newest checkpoint"
             )
         return decision
 
+    def _say_skipped(self, decision: StepDecision, loss_scale: float) -> None:
+        what = "the loss" if not math.isfinite(decision.loss) else "the gradient"
+        scale = ""
+        if self._config.fp16:
+            now = self._loss_scale.value
+            scale = f"; loss scale {loss_scale:g}{f' -> {now:g}' if now != loss_scale else ''}"
+        log.warning("step %d is skipped on all ranks: %s is not finite%s", self._step, what, scale)
+
+    def _advice(self) -> str:
+        """For a run that skips step after step."""
+        if not self._config.fp16:
+            return ""
+        if self._loss_scale.is_at_minimum:
+            return f"A loss scale of {self._loss_scale.value:g} goes no lower: use --bf16, which overflows where fp32 does. "
+        return f"The loss scale has fallen to {self._loss_scale.value:g} and would fall on: raise --max-skipped-steps, or begin with it. "
+
     def _update(self, feed: StepFeed, learning_rate: float, *, wants_stop: bool) -> StepDecision:
         """Gradients of the whole global batch, then the one decision, then the update (or none)."""
-        decision = self._gradient.compute(feed.tokens, feed.num_targets, wants_stop=wants_stop)
+        decision = self._gradient.compute(
+            feed.tokens, feed.num_targets, step=self._optimizer_step + 1, loss_scale=self._loss_scale.value, wants_stop=wants_stop
+        )
         with self._job.spans.span("update"):
             if not decision.skip:
                 self._optimizer.step(learning_rate)
             self._gradient.forget()
+        self._loss_scale.update(overflowed=decision.skip)
         return decision
 
     def _save(self, *, is_last: bool = False) -> None:
@@ -260,7 +288,8 @@ class Trainer:
                     "optimizer_step": self._optimizer_step,
                     "num_skipped": self._num_skipped,
                     "run_token": self._desk.run_token,
-                    "loss_scale": 1.0,
+                    "base_model": self._desk.base_model,
+                    "loss_scale": self._loss_scale.state(),
                     "data": self._data_position,
                     "data_identity": self._desk.identity,
                     "sequences_per_step": sequences_per_step(self._config),
@@ -277,7 +306,7 @@ class Trainer:
         if feed is None:
             return None
         with self._job.spans.span("computing what a resume must find again"):
-            decision = self._gradient.compute(feed.tokens, feed.num_targets)
+            decision = self._gradient.compute(feed.tokens, feed.num_targets, step=self._optimizer_step, loss_scale=self._loss_scale.value)
             self._gradient.forget()
         return make_probe(self._job, self._config, decision, feed.sha256, self._data_before)
 
@@ -306,10 +335,6 @@ class Trainer:
             reason = UserError("rank 0 ended the data; see its output")
         kept = f". Everything up to step {self._step} is saved" if self._step > 0 else ""
         raise UserError(f"{str(reason).rstrip('.')}{kept}")
-
-
-def _adam_settings(config: Config) -> AdamSettings:
-    return AdamSettings(beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_eps, weight_decay=config.weight_decay)
 
 
 def _learning_rate(config: Config, num_updates: int) -> LearningRate:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from modules.linear import WeightGradients, linears
 from modules.lm_ops import HEAD_CHUNK_ROWS, Segments
 from modules.model_config import ModelConfig
-from modules.stage import EMBEDDINGS, LM_HEAD, empty_stage, layer_key_of_index, meta_stage
+from modules.stage import EMBEDDINGS, LM_HEAD, compute_dtype, empty_stage, layer_key_of_index, meta_stage
 from pipeline_parallel.partition import Cut, StageCost, explain_cut, size_in_words, stage_bytes, stage_seconds
 from training.report import table
 from user_error import UserError
@@ -74,8 +74,11 @@ def measure_costs(
     memory_limit_bytes: int,
     budget_s: float,
     others_measure: Callable[[], bool] = lambda: False,
+    dtype: torch.dtype = torch.float32,
+    bytes_per_parameter: int = ADAMW_FP32_BYTES,
 ) -> MeasuredCosts:
-    """Time forward and backward of one layer, and of the embeddings and the head if asked, on this rank alone, in fp32. recomputes: as
+    """Time forward and backward of one layer, and of the embeddings and the head if asked, on this rank alone, with parameters of
+    ``dtype``, of which each takes bytes_per_parameter while it is trained. recomputes: as
     Stage.recomputes; the second forward is part of the backward's seconds. A rank whose memory_limit_bytes are too few for a single
     layer (and the embeddings, the head) measures nothing: no cut will fit it.
 
@@ -86,10 +89,11 @@ def measure_costs(
     """
     parameters = count_parameters(config)
     smallest = parameters.layer + with_embeddings * parameters.embeddings + with_head * parameters.head
-    if smallest * ADAMW_FP32_BYTES > memory_limit_bytes:
+    if smallest * bytes_per_parameter > memory_limit_bytes:
         return MeasuredCosts(layer_forward_s=0.0, layer_backward_s=0.0)
     try:
-        return _measure(config, device, (micro_batch_size, seq_length), with_embeddings, with_head, recomputes, budget_s, others_measure)
+        trial = _Trial(config, device, (micro_batch_size, seq_length), dtype, with_embeddings=with_embeddings, with_head=with_head)
+        return _measure(trial, device, recomputes, budget_s, others_measure)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"measuring two layers with micro-batches of {micro_batch_size} x {seq_length} tokens needs more memory than {device} has. "
@@ -141,14 +145,23 @@ class _Trial:
     """The parts of a stage, with random weights, and one micro-batch. Its methods are the steps of a round, in a stage's order."""
 
     def __init__(
-        self, config: ModelConfig, device: torch.device, shape: tuple[int, int], *, with_embeddings: bool, with_head: bool
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        with_embeddings: bool,
+        with_head: bool,
     ) -> None:
-        """shape: (B, T)."""
+        """shape: (B, T). dtype: of the parameters."""
+        self.with_embeddings, self.with_head = with_embeddings, with_head
         generator = torch.Generator().manual_seed(0)
         self.token_ids = torch.randint(config.vocab_size, shape, generator=generator).to(device)  # (B, T)
-        self.hidden = torch.randn(*shape, config.width, generator=generator).to(device)  # (B, T, C), also as a gradient
+        hidden = torch.randn(*shape, config.width, generator=generator)
+        self.hidden = hidden.to(device, compute_dtype(dtype, device))  # (B, T, C), also as a gradient
         self.segments = Segments.from_positions(torch.arange(shape[1]).expand(shape)).to(device)
-        self.pair = empty_stage(dataclasses.replace(config, num_layers=4), 1, 3, device=device)
+        self.pair = empty_stage(dataclasses.replace(config, num_layers=4), 1, 3, device=device, dtype=dtype)
         _fill(self.pair, generator)
         ends = dataclasses.replace(config, num_layers=2)  # the layers of these two never get storage
         self.first, self.last = meta_stage(ends, 0, 1), meta_stage(ends, 1, 2)
@@ -157,7 +170,7 @@ class _Trial:
             *([self.last.final_norm, self.last.head] if with_head else []),
         ]
         for part in used:
-            _fill(part.to_empty(device=device), generator)
+            _fill(part.to(dtype).to_empty(device=device), generator)
 
     def layers_forward(self) -> None:
         self.x = self.hidden.clone().requires_grad_()  # (B, T, C)
@@ -171,7 +184,7 @@ class _Trial:
         self.y.backward(self.hidden)
 
     def embeddings(self) -> None:
-        self.first.embeddings(self.token_ids).backward(self.hidden)
+        self.first.embeddings(self.token_ids).to(self.hidden.dtype).backward(self.hidden)
 
     def bytes_kept_per_layer(self) -> int:
         """Of the storages that a forward saves for its backward, weights excepted."""
@@ -201,23 +214,12 @@ class _Trial:
         return -(-left_over.num_bytes // 2)
 
 
-def _measure(
-    config: ModelConfig,
-    device: torch.device,
-    shape: tuple[int, int],
-    with_embeddings: bool,
-    with_head: bool,
-    recomputes: bool,
-    budget_s: float,
-    others_measure: Callable[[], bool],
-) -> MeasuredCosts:
-    """shape: (B, T)."""
-    trial = _Trial(config, device, shape, with_embeddings=with_embeddings, with_head=with_head)
+def _measure(trial: _Trial, device: torch.device, recomputes: bool, budget_s: float, others_measure: Callable[[], bool]) -> MeasuredCosts:
     steps: dict[str, Callable[[], None]] = {
         "layer_forward_s": trial.layers_forward,
-        **({"head_s": trial.head} if with_head else {}),
+        **({"head_s": trial.head} if trial.with_head else {}),
         "layer_backward_s": trial.layers_backward,
-        **({"embeddings_s": trial.embeddings} if with_embeddings else {}),
+        **({"embeddings_s": trial.embeddings} if trial.with_embeddings else {}),
     }
     started = time.perf_counter()
     rounds: list[dict[str, float]] = []
@@ -274,15 +276,16 @@ def stage_costs(
     num_tokens: int,
     recomputes: bool,
     leaves_weight_gradients: bool,
+    dtype: torch.dtype = torch.float32,
     bytes_per_parameter: int = ADAMW_FP32_BYTES,
 ) -> list[StageCost]:
     """By stage the most that any of its replicas needs. measured: by stage and replica; memory_limits: by stage, in bytes; num_tokens:
     of a micro-batch; leaves_weight_gradients: a micro-batch in flight may be one that waits for them (zb), recomputed or not;
-    bytes_per_parameter: held all the time."""
+    dtype: of hidden states; bytes_per_parameter: held all the time."""
     parameters = count_parameters(config)
     fp32 = torch.float32.itemsize
     while_adding = bytes_per_parameter + fp32  # the gradient of one micro-batch exists whole before it is added to the sum
-    hidden = num_tokens * config.width * fp32  # (B, T, C)
+    hidden = num_tokens * config.width * dtype.itemsize  # (B, T, C)
     logits = 2 * min(HEAD_CHUNK_ROWS, num_tokens) * config.vocab_size * fp32
     stages = []
     for costs, limit in zip(measured, memory_limits, strict=True):

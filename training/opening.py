@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import torch
-
 from modules.stage import meta_stage
 from training.config import Config
 from training.flags import flag_name
 from training.job import Job
 from training.plan import PipelinePlan
+from training.precision import SHORT, Precision, precision_of
 from training.report import table
 
 DROPOUT_KEYS = ("_pdrop", "hidden_dropout", "attention_dropout")  # of GPT-J, of GPT-NeoX
@@ -26,11 +25,13 @@ def describe_run(config: Config, job: Job, first_step: int, plan: PipelinePlan) 
         "configuration:",
         table([("flag", "value"), *_resolved_flags(config, job)]),
         "cut:",
-        table([("stage", "layers", "parameters", "fp32 bytes", "micro-batches in flight"), *_cut_rows(job, plan)]),
+        table(
+            [("stage", "layers", "parameters", "bytes", "micro-batches in flight"), *_cut_rows(job, plan, precision_of(config, job.device))]
+        ),
         *plan.reasons,
         "precisions:",
         table([("of", "dtype", "why"), *_precisions(config, job)]),
-        *([f"note: config.json asks for dropout ({dropouts}); this version trains without"] if dropouts else []),
+        *([f"note: config.json asks for dropout ({dropouts}); --dropout decides, and it is 0"] if dropouts and not config.dropout else []),
     ]
     return "\n".join(lines)
 
@@ -50,7 +51,7 @@ def _resolved_flags(config: Config, job: Job) -> list[tuple[str, ...]]:
     return [(flag_name(name), "-" if value is None else str(value)) for name, value in in_force.items()]
 
 
-def _cut_rows(job: Job, plan: PipelinePlan) -> list[tuple[str, ...]]:
+def _cut_rows(job: Job, plan: PipelinePlan, precision: Precision) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for s, (first, last) in enumerate(job.cut):
         stage = meta_stage(job.model_config, first, last)
@@ -60,31 +61,62 @@ def _cut_rows(job: Job, plan: PipelinePlan) -> list[tuple[str, ...]]:
             *(["head"] if stage.has_head else []),
         ]
         num_parameters = sum(p.numel() for p in stage.parameters())
-        size = f"{num_parameters * torch.float32.itemsize:,}"
+        size = f"{num_parameters * precision.parameters.itemsize:,}"
         rows.append((str(s), ", ".join(parts), f"{num_parameters:,}", size, f"at most {plan.in_flight[s]}"))
     return rows
 
 
 def _precisions(config: Config, job: Job) -> list[tuple[str, ...]]:
     stored = "/".join(sorted({str(job.model.dtype(name)).removeprefix("torch.") for name in job.model.names()}))
+    precision = precision_of(config, job.device)
+    parameters, compute = SHORT[precision.parameters], SHORT[precision.compute]
+    asked = "--fp16" if config.fp16 else "--bf16" if config.bf16 else "neither --fp16 nor --bf16"
     return [
-        ("parameters", "fp32", f"computed with directly; files keep the model folder's {stored}"),
-        ("compute", "fp32", "this version computes in fp32 on every device"),
-        ("gradients", "fp32", "as computed; squared norms are summed in fp64"),
+        ("parameters", parameters, f"{asked}; {_kept(config, stored)}"),
+        *_frozen(config),
+        ("compute", compute, "hidden states; softmax, norms and loss add up in fp32" if compute == parameters else "a CPU is slow at fp16"),
+        ("gradients", "fp32", f"added up over micro-batches and replicas, squared norms in fp64; {_scaling(config)}"),
         (
             "masters",
-            "fp32",
-            "the parameters themselves" + ("" if stored == "float32" else f", saved beside the {stored} files so that a resume is exact"),
+            "bf16 + 16 bits" if precision.master_bytes == 2 and config.train == "all" else "fp32",
+            ("what the optimizer updates" if precision.master_bytes and config.train == "all" else "what is trained, itself")
+            + (f", saved beside the {stored} files so that a resume is exact" if stored != "float32" and config.train == "all" else ""),
         ),
-        ("wire, activations", *_on_wire(config, config.wire_dtype, "--wire-dtype")),
-        ("wire, gradients", *_on_wire(config, config.wire_dtype_grad, "--wire-dtype-grad")),
+        ("moments", "8 bits" if config.optimizer == "8bit-adam" else "fp32", _where_updated(config, job)),
+        ("wire, activations", *_on_wire(config, config.wire_dtype, "--wire-dtype", compute)),
+        ("wire, gradients", *_on_wire(config, config.wire_dtype_grad, "--wire-dtype-grad", compute)),
         ("wire, replicas", "fp32", "what replicas exchange is never rounded"),
     ]
 
 
-def _on_wire(config: Config, dtype: str | None, flag: str) -> tuple[str, str]:
+def _kept(config: Config, stored: str) -> str:
+    return f"files keep the model folder's {stored}" if config.train == "all" else f"of what is frozen; --train {config.train} is fp32"
+
+
+def _frozen(config: Config) -> list[tuple[str, ...]]:
+    if config.base_quantization == "none":
+        return []
+    ends = "linears, embeddings and head" if config.quantize_ends else "linears of the layers"
+    return [("frozen linears", config.base_quantization, f"{ends}; --base-quantization")]
+
+
+def _where_updated(config: Config, job: Job) -> str:
+    if config.optimizer_offload == "cpu" and job.device.type != "cpu":
+        return "in host memory with the masters, and updated there (--optimizer-offload)"
+    return f"--optimizer {config.optimizer}"
+
+
+def _scaling(config: Config) -> str:
+    if not config.fp16:
+        return "no loss scale"
+    if config.loss_scale is not None:
+        return f"loss scale {config.loss_scale:g}"
+    return f"loss scale {config.initial_loss_scale:g} to begin with"
+
+
+def _on_wire(config: Config, dtype: str | None, flag: str, compute: str) -> tuple[str, str]:
     if config.num_stages == 1:
         return "-", "one stage sends nothing to another"
     if dtype in (None, "none"):
-        return "fp32", "as computed: not rounded"
+        return compute, "as computed: not rounded"
     return str(dtype), f"asked for ({flag}); rounding errors are in the log"

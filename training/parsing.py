@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comms.rendezvous import parse_dist_url
+from optim.loss_scale import LARGEST as LARGEST_LOSS_SCALE
 from pipeline_parallel.partition import parse_stage_layers
+from training.assembly import lora_settings
 from training.config import Config
-from training.flags import parse_flags, parse_known_flags
+from training.flags import flag_name, parse_flags, parse_known_flags
 from user_error import UserError
 
 _AT_LEAST_ZERO = (
@@ -24,6 +26,7 @@ _AT_LEAST_ONE = (
     *("pipeline_group_size", "data_group_size", "num_layers", "world_size"),
     *("batch_size", "micro_batch_size", "gradient_accumulate_step", "total_steps"),
     *("logging_steps", "num_threads", "embedding_dim", "profiling_steps"),
+    *("max_skipped_steps", "loss_scale_window", "loss_scale_hysteresis"),
 )
 
 
@@ -83,8 +86,6 @@ def _missing(config: Config) -> list[str]:
 
 def _not_offered(config: Config) -> list[str]:
     rules = [
-        (config.fp16, "--fp16 is not there yet: this version computes in fp32; leave it out"),
-        (config.optimizer == "8bit-adam", "--optimizer 8bit-adam is not there yet; use --optimizer adam"),
         (
             config.dp_backend == "nccl" and config.device == "cpu",
             "--dp-backend nccl carries CUDA tensors only, and --device is cpu; use --dp-backend gloo",
@@ -128,6 +129,12 @@ def _out_of_range(config: Config) -> list[str]:
         problems.append(f"--adam-eps must be above 0; it is {config.adam_eps}")
     if not (config.rendezvous_timeout > 0 and math.isfinite(config.rendezvous_timeout)):
         problems.append(f"--rendezvous-timeout must be above 0 seconds; it is {config.rendezvous_timeout}")
+    if not 0 <= config.dropout < 1:
+        problems.append(f"--dropout must be 0 or more and below 1; it is {config.dropout}")
+    for name in ("loss_scale", "initial_loss_scale", "min_loss_scale"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= LARGEST_LOSS_SCALE:
+            problems.append(f"{flag_name(name)} must be above 0 and at most {LARGEST_LOSS_SCALE:.0f}; it is {value}")
     if config.warmup_proportion is not None and not 0 <= config.warmup_proportion <= 1:
         problems.append(f"--warmup-proportion must be 0 .. 1; it is {config.warmup_proportion}")
     return problems
@@ -161,6 +168,26 @@ def _not_fitting(config: Config) -> list[str]:
         problems.append("--trace-path is where --profiling tidy_profiling writes; nothing else does. Leave it out, or ask for profiling")
     if config.memory_limit is not None and config.partition != "measured":
         problems.append("--memory-limit is what --partition measured keeps to; nothing else reads it. Leave it out, or measure the cut")
+    if config.train == "all" and config.base_quantization != "none":
+        problems.append(
+            f"--base-quantization {config.base_quantization} is for weights that are not trained, and --train all trains every one. Use "
+            "--train lora or --train layernorm, or leave it out"
+        )
+    if config.quantize_ends and config.base_quantization == "none":
+        problems.append("--quantize-ends adds to --base-quantization, which is none. Leave it out, or give --base-quantization int8")
+    if config.train == "lora":
+        try:
+            lora_settings(config)
+        except UserError as error:
+            problems.append(f"--lora-rank, --lora-alpha, --lora-dropout: {error}")
+    if config.fp16 and config.bf16:
+        problems.append("--fp16 and --bf16 are two precisions of the same parameters; pass one of them")
+    if config.loss_scale is not None and not config.fp16:
+        problems.append("--loss-scale is for --fp16, whose gradients would vanish without one; nothing else reads it. Leave it out")
+    if config.min_loss_scale > config.initial_loss_scale > 0:
+        problems.append(
+            f"--min-loss-scale must not exceed --initial-loss-scale; {config.min_loss_scale} is more than {config.initial_loss_scale}"
+        )
     cuts = {"--num-layers": config.num_layers, "--stage-layers": config.stage_layers}
     cuts["--partition measured"] = None if config.partition == "even" else config.partition
     given = [name for name, value in cuts.items() if value is not None]

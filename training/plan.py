@@ -21,6 +21,7 @@ from training.config import Config
 from training.gradient import Schedule, wire_codecs
 from training.job import Job, all_say
 from training.measure import MeasuredCosts, default_memory_limit, describe_cut, measure_costs, stage_costs
+from training.precision import precision_of
 
 log = logging.getLogger("trainer")
 
@@ -58,7 +59,7 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
     """Collective over all ranks. Raises UserError, alike on all ranks, when no cut fits the memory; PeerLost."""
     wants_cut, wants_links = _wants_cut(config), _wants_links(config)
     if not (wants_cut or wants_links):
-        return _plan(config, job.cut, _asked_extra_warmup(config))
+        return _plan(config, job.cut, asked_extra_warmup(config))
     job.wait_for_all()  # all at once, as in training: ranks of one host share its cores and memory
 
     def others_measure() -> bool:
@@ -71,6 +72,7 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
     if wants_cut and job.device.type == "cpu" and ranks_here * job.num_threads > cores:
         log.warning("%d ranks of %d threads share %d cores here: what is measured may be far off", ranks_here, job.num_threads, cores)
     limit = int(config.memory_limit * GIB) if config.memory_limit is not None else default_memory_limit(job.device, ranks_here)
+    precision = precision_of(config, job.device)
     costs = measure_costs(
         job.model_config,
         device=job.device,
@@ -82,6 +84,8 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
         memory_limit_bytes=limit if wants_cut else NO_LIMIT,
         budget_s=CUT_BUDGET_S if wants_cut else AHEAD_BUDGET_S,
         others_measure=others_measure,
+        dtype=precision.parameters,
+        bytes_per_parameter=precision.bytes_per_parameter,
     )
     others_measure()  # also where there was no room to measure
     mine = Measurement(costs=costs, memory_limit_bytes=limit, link=_time_links(job, config) if wants_links else None)
@@ -91,7 +95,7 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
 
 def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> PipelinePlan:
     """The plan that these measurements, one per rank, lead to. The same on every rank that asks. Raises UserError as best_cut does."""
-    place, num_layers = job.place, job.model_config.num_layers
+    place, num_layers, precision = job.place, job.model_config.num_layers, precision_of(config, job.device)
     by_stage = [[measurements[rank] for rank in place.replica_ranks_of(s)] for s in range(place.pp_size)]
     costs = stage_costs(
         [[m.costs for m in replicas] for replicas in by_stage],
@@ -100,11 +104,13 @@ def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> Pip
         num_tokens=config.micro_batch_size * config.seq_length,
         recomputes=config.recompute == "layer",
         leaves_weight_gradients=config.pp_mode == "zb",
+        dtype=precision.compute,
+        bytes_per_parameter=precision.bytes_per_parameter,
     )
-    extra_warmup = _asked_extra_warmup(config)
+    extra_warmup = asked_extra_warmup(config)
     reasons: list[str] = []
     if _wants_links(config):
-        at_least = _in_flight(config, (0,) * len(extra_warmup))  # how many more are wanted is not known yet
+        at_least = in_flight_of(config, (0,) * len(extra_warmup))  # how many more are wanted is not known yet
         cut = best_cut(costs, num_layers, at_least) if _wants_cut(config) else job.cut
         compute_s = max(stage_seconds(costs, cut))
         links = [_slowest([m.link for m in replicas if m.link is not None]) for replicas in by_stage[:-1]]
@@ -115,10 +121,10 @@ def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> Pip
         reasons = [_reason(s, link, compute_s, extra_warmup[s]) for s, link in enumerate(links)]
     if not _wants_cut(config):
         return _plan(config, job.cut, extra_warmup, reasons)
-    while not _fits(costs, num_layers, _in_flight(config, extra_warmup)) and _wants_links(config) and any(extra_warmup):
+    while not _fits(costs, num_layers, in_flight_of(config, extra_warmup)) and _wants_links(config) and any(extra_warmup):
         extra_warmup = tuple(max(0, extra - 1) for extra in extra_warmup)
         reasons = [*reasons[: place.pp_size - 1], f"memory allows {', '.join(map(str, extra_warmup))} ahead (by link)"]
-    in_flight = _in_flight(config, extra_warmup)
+    in_flight = in_flight_of(config, extra_warmup)
     cut = best_cut(costs, num_layers, in_flight)
     return _plan(config, cut, extra_warmup, [describe_cut(costs, cut, in_flight), *reasons])
 
@@ -128,7 +134,7 @@ def _fits(costs: Sequence[StageCost], num_layers: int, in_flight: Sequence[int])
     return min(room) >= 1 and sum(room) >= num_layers
 
 
-def _asked_extra_warmup(config: Config) -> tuple[int, ...]:
+def asked_extra_warmup(config: Config) -> tuple[int, ...]:
     """By link; what the flag says, 0 for auto."""
     return (min(config.extra_warmup or 0, _num_micro_batches(config)),) * (config.num_stages - 1)
 
@@ -146,7 +152,7 @@ def _plan(config: Config, cut: Cut, extra_warmup: tuple[int, ...], reasons: Sequ
     schedule = Schedule(
         mode=config.pp_mode, extra_warmup=extra_warmup, wire_dtype=config.wire_dtype, wire_dtype_grad=config.wire_dtype_grad
     )
-    return PipelinePlan(cut=cut, schedule=schedule, in_flight=_in_flight(config, extra_warmup), reasons=tuple(reasons))
+    return PipelinePlan(cut=cut, schedule=schedule, in_flight=in_flight_of(config, extra_warmup), reasons=tuple(reasons))
 
 
 def _num_micro_batches(config: Config) -> int:
@@ -154,7 +160,9 @@ def _num_micro_batches(config: Config) -> int:
     return config.gradient_accumulate_step * config.batch_size // config.micro_batch_size
 
 
-def _in_flight(config: Config, extra_warmup: tuple[int, ...]) -> tuple[int, ...]:
+def in_flight_of(config: Config, extra_warmup: tuple[int, ...]) -> tuple[int, ...]:
+    """By stage, the most micro-batches whose activations it holds; extra_warmup: by link."""
+
     def of_stage(stage: int, mode: PipelineMode) -> int:
         actions = order(
             mode,
@@ -172,7 +180,8 @@ def _in_flight(config: Config, extra_warmup: tuple[int, ...]) -> tuple[int, ...]
 def _time_links(job: Job, config: Config) -> LinkTimes | None:
     """Of the link to the next stage; None on the last one. Every other link at a time, so that no two share a rank."""
     place, found = job.place, None
-    codecs = wire_codecs(config.wire_dtype, config.wire_dtype_grad or "none", _message_shape(job, config), job.device)
+    computed = precision_of(config, job.device).compute
+    codecs = wire_codecs(config.wire_dtype, config.wire_dtype_grad or "none", _message_shape(job, config), job.device, computed)
     for parity in (0, 1):
         leads = place.pp % 2 == parity
         pair = job.groups.to_next if leads else job.groups.to_previous

@@ -36,10 +36,11 @@ def check_replicas_alike(job: Job, stage: Stage) -> None:
 
 
 def _checksums(parameter: Tensor) -> list[int]:
-    """Sums of the 32-bit words of an fp32 tensor, plain and weighted by their place, modulo 2**64; in pieces that cost little memory."""
+    """Sums of the words of a tensor, plain and weighted by their place, modulo 2**64; in pieces that cost little memory."""
+    word = {1: torch.int8, 2: torch.int16, 4: torch.int32}[parameter.itemsize]
     plain = weighted = 0
     for piece in parameter.detach().flatten().split(SUM_CHUNK_ELEMENTS):
-        words = piece.view(torch.int32).long()
+        words = piece.view(word).long()
         plain += int(words.sum())
         weighted = weighted * 31 + int((words * torch.arange(1, len(words) + 1, device=words.device)).sum())
     return [plain % 2**64, weighted % 2**64]

@@ -26,8 +26,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint.companions import read_companions
-from checkpoint.layer_store import StepWriter, remove_old_steps
+from checkpoint.layer_store import StepWeights, StepWriter, remove_old_steps
 from checkpoint.tensor_file import FileRecord
 from modules.stage import Stage
 from optim.build import AdamW
@@ -66,13 +65,15 @@ class Saver:
         stage: Stage,
         optimizer: AdamW,
         options: SaveOptions,
-        tokenizer_from: Path | None,
+        weights: StepWeights,
+        companions: Mapping[str, bytes] | None,
     ) -> None:
-        """Collective over all ranks. tokenizer_from: on rank 0, the folder of the tokenizer, None elsewhere."""
+        """Collective over all ranks. weights: of all ranks together. companions: on rank 0, the files that go beside them, by name; None
+        elsewhere."""
         self._job, self._folders, self._root, self._stage, self._optimizer, self._options = job, folders, root, stage, optimizer, options
         self._writes, self._keeps = folders.writes(job.place), job.place.rank in folders.keepers
-        self._dtypes = {name: job.model.dtype(name) for name in job.model.names()}
-        self._companions = _share_companions(job, folders, tokenizer_from)
+        self._weights = weights
+        self._companions = _share_companions(job, folders, companions)
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -103,7 +104,7 @@ class Saver:
             writer=StepWriter(self._root, step),
             store=dist.PrefixStore(f"save/{step}/{position}", self._job.store.clone()),  # type: ignore[attr-defined]
             layers=layers,
-            dtypes=self._dtypes,
+            weights=self._weights,
             position=position,
             trainer=None if trainer is None else self._completed(step, position, trainer),
             companions=self._companions,
@@ -139,7 +140,8 @@ class Saver:
             self._failure = error
 
     def _layers(self) -> dict[str, LayerState]:
-        return layers_of(self._stage, self._optimizer, self._dtypes, with_optimizer=self._options.with_optimizer)
+        dtypes = {name: spec.dtype for name, spec in self._weights.specs.items()}
+        return layers_of(self._stage, self._optimizer, dtypes, with_optimizer=self._options.with_optimizer)
 
     def _has_room(self, layers: Mapping[str, LayerState]) -> bool:
         if self._host_copy.has_room or not layers:
@@ -180,7 +182,7 @@ class _StepSave:
     writer: StepWriter
     store: dist.Store
     layers: dict[str, LayerState]
-    dtypes: dict[str, torch.dtype]
+    weights: StepWeights
     position: int
     trainer: dict[str, Any] | None
     companions: Mapping[str, bytes]
@@ -260,7 +262,7 @@ class _StepSave:
         self._outcomes("begun", [self.folders.keeper(self.job.place.rank)])
         records: list[FileRecord] = []
         for key, layer in self.layers.items():
-            records.append(self.writer.write_layer(key, layer.weights, {name: self.dtypes[name] for name in layer.weights}))
+            records.append(self.writer.write_layer(key, layer.weights, {name: self.weights.specs[name].dtype for name in layer.weights}))
             if layer.train_state:
                 records.append(self.writer.write_train_state(key, layer.train_state))
         return [asdict(record) for record in records]
@@ -283,21 +285,19 @@ class _StepSave:
             list(here.values()),
             list(elsewhere.values()),
             position=self.position,
-            model=self.job.model,
+            weights=self.weights,
             trainer=json.loads(self.store.get("trainer")),
         )
 
 
-def _share_companions(job: Job, folders: Folders, tokenizer_from: Path | None) -> dict[str, bytes]:
-    """Called by all ranks: rank 0's configuration and tokenizer, which go into every folder of every step; {} on ranks that keep none.
+def _share_companions(job: Job, folders: Folders, contents: Mapping[str, bytes] | None) -> Mapping[str, bytes]:
+    """Called by all ranks: rank 0's ``contents``, which go into every folder of every step; {} on ranks that keep none.
 
     Read once, so that a save depends on no other folder, and every host's part says the same of the model.
     """
     store = dist.PrefixStore("companions", job.store)
     if job.place.rank == 0:
-        assert tokenizer_from is not None, "rank 0 has a tokenizer"
-        dtypes = {job.model.dtype(name) for name in job.model.names()}
-        contents = read_companions([job.model.path, tokenizer_from], dtypes=dtypes)
+        assert contents is not None, "rank 0 has them"
         if len(folders.groups) > 1:
             text = json.dumps({name: base64.b64encode(content).decode() for name, content in contents.items()})
             pieces = [text[at : at + STORE_PIECE_CHARS] for at in range(0, len(text), STORE_PIECE_CHARS)]

@@ -26,6 +26,7 @@ from checkpoint.manifest import MANIFEST, step_positions
 from checkpoint.model_folder import read_json_object
 from checkpoint.tensor_file import explained_disk_errors
 from tasks.mixture import Mixture
+from training.assembly import base_fingerprint, check_same_training
 from training.config import Config
 from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture, sequences_per_step
 from training.folders import Folders, find_folders, remove_tokens
@@ -57,8 +58,8 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingDesk:
-    """What only rank 0 has: the tokenizer, the data opened at its position, what a later resume must find unchanged, and what marks the
-    steps of this run."""
+    """What only rank 0 has: the tokenizer, the data opened at its position, what a later resume must find unchanged (base_model: where
+    adapters are trained), and what marks the steps of this run."""
 
     encoder: TextEncoder
     mixture: Mixture
@@ -66,6 +67,7 @@ class ReadingDesk:
     identity: dict[str, Any]
     probe: dict[str, Any] | None
     run_token: str
+    base_model: str | None
 
 
 def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingDesk | None]:
@@ -90,6 +92,7 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
     start = _counters(config, folders, point)
     if point is not None:
         check_same_model(point, job.model_config)
+        check_same_training(config, job.model_config, point.trainer["flags"], point.folder, has_optimizer=point.has_optimizer)
     desk = _open_desk(job, config, start, token, cleanup) if job.place.rank == 0 and not start.is_finished else None
     probe = all_say(job, dist.PrefixStore("start", job.store), "probe", desk.probe if desk is not None else None)[0]
     return dataclasses.replace(start, probe=probe, newer=tuple(_newer(in_sight, root, point))), desk
@@ -216,6 +219,12 @@ def _counters(config: Config, folders: Folders, point: ResumePoint | None) -> St
 
 def _open_desk(job: Job, config: Config, start: Start, token: str, cleanup: ExitStack) -> ReadingDesk:
     """On rank 0. Raises UserError for tokenizers, data and batches that do not fit, and says what a resume changes."""
+    base = base_fingerprint(config, job.model)
+    if start.point is not None and start.point.trainer.get("base_model") != base:
+        raise UserError(
+            f"adapters belong to the model they were trained on; the weights of --model-name {config.model_name} are not those that "
+            f"{start.point.folder} was trained beside. Give that model, or use another --checkpoint-path"
+        )
     encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size)
     identity = data_identity(config, encoder)
     state, probe = None, None
@@ -224,7 +233,9 @@ def _open_desk(job: Job, config: Config, start: Start, token: str, cleanup: Exit
         _say_what_changed(job, config, start, start.point)
     mixture = open_mixture(config, encoder, state)
     cleanup.callback(mixture.close)
-    return ReadingDesk(encoder=encoder, mixture=mixture, position=mixture.state(), identity=identity, probe=probe, run_token=token)
+    return ReadingDesk(
+        encoder=encoder, mixture=mixture, position=mixture.state(), identity=identity, probe=probe, run_token=token, base_model=base
+    )
 
 
 def _data_position(config: Config, point: ResumePoint, identity: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

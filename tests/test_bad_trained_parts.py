@@ -1,0 +1,145 @@
+"""Mistakes around adapters, quantised bases and optimizers: one clear message on every rank, before any weight is loaded."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_model, make_tokenizer
+from harness import Process, eight_sequences, steps_in, train
+
+from modules import quantized
+
+LORA = {"train": "lora", "lora_rank": 2, "total_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def flags(model_folder: Path, tasks: list[Path]) -> dict[str, Any]:
+    return eight_sequences(model_folder, tasks)
+
+
+def refused(folder: Path, *wanted: str, before: Callable[[int], None] | None = None, **flags: Any) -> list[Process]:
+    """Both ranks say all of ``wanted`` and end soon, without a traceback."""
+    processes = train(folder, stages=2, expect=None, timeout_s=30, before=before, **flags)
+    for process in processes:
+        text = " ".join(process.text.split())
+        assert process.status not in (0, None) and "Traceback" not in text, text
+        assert all(part in text for part in wanted), text
+    return processes
+
+
+def without(*packages: str) -> Callable[[int], None]:
+    """The packages cannot be imported."""
+
+    def before(_: int) -> None:
+        for package in packages:
+            for name in [name for name in sys.modules if name.split(".")[0] == package]:
+                del sys.modules[name]
+            sys.modules[package] = None  # type: ignore[assignment]
+
+    return before
+
+
+@pytest.mark.parametrize(
+    ("package", "flag", "command"),
+    [
+        ("bitsandbytes", {"optimizer": "8bit-adam"}, "pip install bitsandbytes"),
+        ("bitsandbytes", {**LORA, "base_quantization": "nf4"}, "pip install bitsandbytes"),
+        ("peft", LORA, "pip install peft"),
+        ("peft", {"train": "layernorm"}, "pip install peft"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_installation(
+    package: str, flag: dict[str, Any], command: str, flags: dict[str, Any], tmp_path: Path
+) -> None:
+    refused(tmp_path, package, command, checkpoint_path=tmp_path / "run", before=without(package), **{**flags, **flag})
+    assert not list((tmp_path / "run").glob("*")), "nothing is written"
+
+
+def test_a_bitsandbytes_that_cannot_quantise_here_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def broken(_: int) -> None:
+        def no_kernel(*_: Any) -> Any:
+            raise RuntimeError("no kernel image is available")
+
+        quantized._quantize_nf4 = no_kernel
+
+    wanted = ("--base-quantization nf4 needs a bitsandbytes that can quantise on cpu", "no kernel image", "int8")
+    refused(tmp_path, *wanted, before=broken, checkpoint_path=tmp_path / "run", **{**flags, **LORA, "base_quantization": "nf4"})
+
+
+@pytest.fixture(scope="module")
+def adapter_run(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One step of LoRA."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("lora")
+    train(folder, checkpoint_path=folder / "run", **{**flags, **LORA})
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"lora_rank": 4}, ("--lora-rank 2, now it is 4",)),
+        ({"lora_alpha": 3}, ("--lora-alpha 16.0, now it is 3.0",)),
+        ({"lora_target_modules": "q_proj"}, ("--lora-target-modules all-linear, now it is q_proj",)),
+        ({"train": "layernorm"}, ("--train lora, now it is layernorm",)),
+        ({"train": "all"}, ("--train lora, now it is all",)),
+        ({"optimizer": "8bit-adam"}, ("--optimizer adam, now it is 8bit-adam",)),
+    ],
+)
+def test_a_run_goes_on_training_what_it_began_with(
+    change: dict[str, Any], wanted: tuple[str, ...], flags: dict[str, Any], adapter_run: Path, tmp_path: Path
+) -> None:
+    if "optimizer" in change:
+        pytest.importorskip("bitsandbytes")
+    before = steps_in(adapter_run)
+    refused(tmp_path, *wanted, "another --checkpoint-path", checkpoint_path=adapter_run, **{**flags, **LORA, "total_steps": 2, **change})
+    assert steps_in(adapter_run) == before
+
+
+def test_the_same_targets_in_other_words_are_the_same(flags: dict[str, Any], adapter_run: Path, tmp_path: Path) -> None:
+    written_out = "fc_out,fc_in,q_proj,k_proj,v_proj,out_proj"
+    (process,) = train(
+        tmp_path,
+        checkpoint_path=tmp_path / "run",
+        resume=adapter_run,
+        **{**flags, **LORA, "total_steps": 2, "lora_target_modules": written_out},
+    )
+    assert "starting at step 1 of 2" in process.text
+
+
+def test_adapters_are_not_put_beside_another_model_of_the_same_shape(flags: dict[str, Any], adapter_run: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "other", seed=9)
+    make_tokenizer(tmp_path / "other")
+    own = {**flags, **LORA, "total_steps": 2, "model_name": tmp_path / "other"}
+    refused(
+        tmp_path / "ranks", "adapters belong to the model they were trained on", str(tmp_path / "other"), checkpoint_path=adapter_run, **own
+    )
+
+
+def test_adapters_go_on_beside_a_copy_of_their_model(flags: dict[str, Any], adapter_run: Path, model_folder: Path, tmp_path: Path) -> None:
+    """Where it lies and how it is cut into files is no matter."""
+    import shutil
+
+    shutil.copytree(model_folder, tmp_path / "copy")
+    own = {**flags, **LORA, "total_steps": 2, "model_name": tmp_path / "copy"}
+    (process,) = train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", resume=adapter_run, **own)
+    assert "starting at step 1 of 2" in process.text
+
+
+def test_a_base_that_is_not_finite_is_not_quantised(flags: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    pytest.importorskip("peft")
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.h.0.mlp.fc_in.weight"][3, 5] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    own = {**flags, **LORA, "base_quantization": "int8", "model_name": tmp_path / "model"}
+    refused(tmp_path / "ranks", "fc_in", checkpoint_path=tmp_path / "run", **own)
