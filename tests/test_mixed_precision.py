@@ -48,13 +48,13 @@ def test_with_round_to_even_two_masters_would_share_a_pair() -> None:
 
 
 def trained(
-    form: str, *, steps: int, lr: float, piece: int | None = None, dtype: torch.dtype = torch.bfloat16
+    form: str, *, steps: int, lr: float, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None
 ) -> tuple[AdamW, dict[str, Any]]:
     """An optimizer after ``steps`` updates with made-up gradients of two parameters, and those."""
     generator = torch.Generator().manual_seed(3)
     start = {"w": torch.randn(40, 33, generator=generator), "b": torch.randn(33, generator=generator)}
     parameters = {name: torch.nn.Parameter(torch.empty(value.shape, dtype=dtype)) for name, value in start.items()}
-    optimizer = AdamW(parameters, ADAM, masters=form)  # type: ignore[arg-type]
+    optimizer = AdamW(parameters, ADAM, masters=form, device=device)  # type: ignore[arg-type]
     for name, value in start.items():
         optimizer.assign(name, value)
     for _ in range(steps):
@@ -102,6 +102,16 @@ def test_the_parameter_is_its_master_rounded_and_takes_what_it_should(form: str,
         assert torch.equal(parameter.detach(), rounded(values[name], dtype).view(parameter.shape))
         beside = sum(part.nbytes for part in master.parts if part.data_ptr() != parameter.data_ptr())
         assert beside == parameter.numel() * (0 if dtype == torch.float32 else 2 if (form, dtype) == ("split", torch.bfloat16) else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masters_and_moments_that_lie_elsewhere_train_the_same_bits(dtype: torch.dtype) -> None:
+    """--optimizer-offload: cpu:0 is not where parameters on "cpu" lie, as far as anybody asks."""
+    here, there = (trained("fp32", steps=4, lr=1e-3, dtype=dtype, device=device) for device in (None, torch.device("cpu", 0)))
+    assert all(torch.equal(here[1][name], there[1][name]) for name in here[1])
+    for name, master in there[0].masters().items():
+        assert not master.is_own and master.parts[0].dtype == torch.float32
+        assert torch.equal(there[0]._parameters[name], here[0]._parameters[name])
 
 
 def settings(**changes: Any) -> LossScaleSettings:
