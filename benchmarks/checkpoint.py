@@ -220,7 +220,8 @@ def sizes_that_fit(sizes: Sizes) -> Sizes:
     import torch
 
     from modules.gptj import GPTJConfig
-    from training.measure import count_parameters, default_memory_limit
+    from training.held import count_parameters
+    from training.measure import default_memory_limit
 
     counts = count_parameters(GPTJConfig.from_hf(sizes.hf_config))
     per_parameter = 3 * 4 * COPIES_IN_MEMORY  # fp32 weight and two moments

@@ -64,6 +64,11 @@ class Master:
             return (self._parameter.detach(),)
         return (self._parameter.detach(), self._beside) if self._is_split else (self._beside,)
 
+    @property
+    def bytes_beside(self) -> int:
+        """Of memory, on ``device``, beside the parameter itself."""
+        return 0 if self._beside is None else self._beside.nbytes
+
     @staticmethod
     def compose(*parts: Tensor) -> Tensor:
         """The master, fp32, from its ``parts``."""

@@ -35,7 +35,8 @@ from pipeline_parallel.partition import (
 )
 from training import measure
 from training.config import Config
-from training.measure import MeasuredCosts, count_parameters, default_memory_limit, describe_cut, measure_costs, stage_costs
+from training.held import count_parameters
+from training.measure import MeasuredCosts, default_memory_limit, describe_cut, measure_costs, stage_costs
 from training.parsing import parse_config
 from training.plan import Measurement, PipelinePlan, agree_on_plan, settle
 from user_error import UserError

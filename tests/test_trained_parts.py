@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ def test_a_run_cut_in_two_resumes_at_another_degree_in_the_same_bits(kind: str, 
     assert "starting at step 2 of 4" in rank.text and "bit for bit" in rank.text
     assert losses(tmp_path / "parts") == whole
     assert equal_files(tmp_path / "whole" / "4", tmp_path / "parts" / "4") == []
+
+
+@pytest.mark.parametrize("kind", ["bf16", "lora over int8", "layernorm", "8-bit adam"])
+def test_a_measured_cut_measures_what_is_trained_and_changes_no_bit(kind: str, flags: dict[str, Any], tmp_path: Path) -> None:
+    needs(kind)
+    own = {**flags, **KINDS[kind], "total_steps": 2}
+    train(tmp_path / "ranks", checkpoint_path=tmp_path / "even", **own)
+    (rank, *_) = train(tmp_path / "ranks", stages=2, partition="measured", checkpoint_path=tmp_path / "measured", **own)
+    assert "share of slowest" in rank.text
+    assert losses(tmp_path / "measured") == losses(tmp_path / "even")
+    needed = re.findall(r"% +([\d.]+) MiB +[\d.]+ GiB", rank.text)
+    assert len(needed) == 2 and sum(map(float, needed)) < (2.5 if "bf16" in kind or kind == "8-bit adam" else 1.2), rank.text
 
 
 def test_half_precision_is_close_to_fp32_and_not_the_same(flags: dict[str, Any], tmp_path: Path) -> None:

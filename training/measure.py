@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -25,15 +24,15 @@ from torch import Tensor, nn
 from modules.linear import WeightGradients, linears
 from modules.lm_ops import HEAD_CHUNK_ROWS, Segments
 from modules.model_config import ModelConfig
-from modules.stage import EMBEDDINGS, LM_HEAD, compute_dtype, empty_stage, layer_key_of_index, meta_stage
+from modules.stage import Stage, empty_stage
 from pipeline_parallel.partition import Cut, StageCost, explain_cut, size_in_words, stage_bytes, stage_seconds
+from training.held import HeldBytes, held_in_fp32
 from training.report import table
 from user_error import UserError
 
 MIN_ROUNDS = 3
 WARM_UP_SHARE = 0.25  # of the budget
 MEMORY_SHARE = 0.9  # the rest: buffers of links, temporaries of single operations, fragmentation
-ADAMW_FP32_BYTES = 16  # per parameter: weight 4, gradient 4, two moments 8
 CONTROL_GROUP_FILES = {  # by controllers as /proc/self/cgroup has them: version 2, version 1
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -61,6 +60,14 @@ class MeasuredCosts:
         return self.layer_forward_s + self.layer_backward_s
 
 
+def empty_stage_of(config: ModelConfig, layers: tuple[int, int], device: torch.device) -> Stage:
+    """A stage in fp32, all of it trained."""
+    return empty_stage(config, *layers, device=device)
+
+
+Build = Callable[[ModelConfig, tuple[int, int], torch.device], Stage]  # a stage as it is trained, of layers [first, last), without values
+
+
 def measure_costs(
     config: ModelConfig,
     /,
@@ -74,25 +81,24 @@ def measure_costs(
     memory_limit_bytes: int,
     budget_s: float,
     others_measure: Callable[[], bool] = lambda: False,
-    dtype: torch.dtype = torch.float32,
-    bytes_per_parameter: int = ADAMW_FP32_BYTES,
+    build: Build = empty_stage_of,
+    held: HeldBytes | None = None,
 ) -> MeasuredCosts:
-    """Time forward and backward of one layer, and of the embeddings and the head if asked, on this rank alone, with parameters of
-    ``dtype``, of which each takes bytes_per_parameter while it is trained. recomputes: as
-    Stage.recomputes; the second forward is part of the backward's seconds. A rank whose memory_limit_bytes are too few for a single
-    layer (and the embeddings, the head) measures nothing: no cut will fit it.
+    """Time forward and backward of one layer, and of the embeddings and the head if asked, on this rank alone, as ``build`` makes them.
+    held: what they take while they are trained (left out: in fp32, all of it). recomputes: as Stage.recomputes; the second forward is part
+    of the backward's seconds. A rank whose memory_limit_bytes are too few for a single layer (and the embeddings, the head) measures
+    nothing: no cut will fit it.
 
     A round runs all of them one after the other, as a stage does, so that none finds the caches to itself. Rounds go on for
     ``budget_s``, for at least MIN_ROUNDS (a model with slow layers takes longer), and then while ``others_measure()``: a rank that
     stopped early would leave the slower ones a quieter host than training will. Memory, all of it freed again: weights and
     gradients of two layers (with AdamW a single one takes as much), of the embeddings and the head, and the activations of two layers.
     """
-    parameters = count_parameters(config)
-    smallest = parameters.layer + with_embeddings * parameters.embeddings + with_head * parameters.head
-    if smallest * bytes_per_parameter > memory_limit_bytes:
+    held = held or held_in_fp32(config)
+    if held.layer + with_embeddings * held.embeddings + with_head * held.head > memory_limit_bytes:
         return MeasuredCosts(layer_forward_s=0.0, layer_backward_s=0.0)
     try:
-        trial = _Trial(config, device, (micro_batch_size, seq_length), dtype, with_embeddings=with_embeddings, with_head=with_head)
+        trial = _Trial(config, device, (micro_batch_size, seq_length), build, with_embeddings=with_embeddings, with_head=with_head)
         return _measure(trial, device, recomputes, budget_s, others_measure)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -126,21 +132,6 @@ def default_memory_limit(device: torch.device, ranks_here: int) -> int:
     return int(MEMORY_SHARE * max(0, room)) // ranks_here
 
 
-class ParameterCounts(NamedTuple):
-    """Of one layer, of the embeddings, of the head with the final norm."""
-
-    layer: int
-    embeddings: int
-    head: int
-
-
-def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """From shapes alone."""
-    whole = meta_stage(dataclasses.replace(config, num_layers=1), 0, 1)
-    counts = {key: sum(p.numel() for _, p in named) for key, named in whole.parameters_by_layer()}
-    return ParameterCounts(counts[layer_key_of_index(0)], counts[EMBEDDINGS], counts[LM_HEAD])
-
-
 class _Trial:
     """The parts of a stage, with random weights, and one micro-batch. Its methods are the steps of a round, in a stage's order."""
 
@@ -149,28 +140,28 @@ class _Trial:
         config: ModelConfig,
         device: torch.device,
         shape: tuple[int, int],
-        dtype: torch.dtype,
+        build: Build,
         *,
         with_embeddings: bool,
         with_head: bool,
     ) -> None:
-        """shape: (B, T). dtype: of the parameters."""
+        """shape: (B, T)."""
         self.with_embeddings, self.with_head = with_embeddings, with_head
         generator = torch.Generator().manual_seed(0)
         self.token_ids = torch.randint(config.vocab_size, shape, generator=generator).to(device)  # (B, T)
+        self.pair = build(dataclasses.replace(config, num_layers=4), (1, 3), device)
         hidden = torch.randn(*shape, config.width, generator=generator)
-        self.hidden = hidden.to(device, compute_dtype(dtype, device))  # (B, T, C), also as a gradient
+        self.hidden = hidden.to(device, self.pair.compute_dtype)  # (B, T, C), also as a gradient
         self.segments = Segments.from_positions(torch.arange(shape[1]).expand(shape)).to(device)
-        self.pair = empty_stage(dataclasses.replace(config, num_layers=4), 1, 3, device=device, dtype=dtype)
         _fill(self.pair, generator)
         ends = dataclasses.replace(config, num_layers=2)  # the layers of these two never get storage
-        self.first, self.last = meta_stage(ends, 0, 1), meta_stage(ends, 1, 2)
+        self.first, self.last = (build(ends, layers, torch.device("meta")) for layers in ((0, 1), (1, 2)))
         used = [
             *([self.first.embeddings] if with_embeddings else []),
             *([self.last.final_norm, self.last.head] if with_head else []),
         ]
         for part in used:
-            _fill(part.to(dtype).to_empty(device=device), generator)
+            _fill(part.to_empty(device=device), generator)
 
     def layers_forward(self) -> None:
         self.x = self.hidden.clone().requires_grad_()  # (B, T, C)
@@ -184,7 +175,9 @@ class _Trial:
         self.y.backward(self.hidden)
 
     def embeddings(self) -> None:
-        self.first.embeddings(self.token_ids).to(self.hidden.dtype).backward(self.hidden)
+        rows = self.first.embeddings(self.token_ids).to(self.hidden.dtype)  # (B, T, C)
+        if rows.requires_grad:
+            rows.backward(self.hidden)
 
     def bytes_kept_per_layer(self) -> int:
         """Of the storages that a forward saves for its backward, weights excepted."""
@@ -277,32 +270,31 @@ def stage_costs(
     recomputes: bool,
     leaves_weight_gradients: bool,
     dtype: torch.dtype = torch.float32,
-    bytes_per_parameter: int = ADAMW_FP32_BYTES,
+    held: HeldBytes | None = None,
 ) -> list[StageCost]:
     """By stage the most that any of its replicas needs. measured: by stage and replica; memory_limits: by stage, in bytes; num_tokens:
     of a micro-batch; leaves_weight_gradients: a micro-batch in flight may be one that waits for them (zb), recomputed or not;
-    dtype: of hidden states; bytes_per_parameter: held all the time."""
-    parameters = count_parameters(config)
+    dtype: of hidden states; held: left out: all of the model in fp32."""
+    held = held or held_in_fp32(config)
     fp32 = torch.float32.itemsize
-    while_adding = bytes_per_parameter + fp32  # the gradient of one micro-batch exists whole before it is added to the sum
     hidden = num_tokens * config.width * dtype.itemsize  # (B, T, C)
     logits = 2 * min(HEAD_CHUNK_ROWS, num_tokens) * config.vocab_size * fp32
     stages = []
     for costs, limit in zip(measured, memory_limits, strict=True):
         activations = max(cost.layer_activation_bytes for cost in costs)
-        held = hidden if recomputes else activations
+        in_flight = hidden if recomputes else activations
         if leaves_weight_gradients:
-            held = max(held, *(cost.layer_left_over_bytes for cost in costs))
+            in_flight = max(in_flight, *(cost.layer_left_over_bytes for cost in costs))
         stages.append(
             StageCost(
                 layer_s=max(cost.layer_s for cost in costs),
                 embeddings_s=max(cost.embeddings_s for cost in costs),
                 head_s=max(cost.head_s for cost in costs),
-                layer_bytes=parameters.layer * bytes_per_parameter,
-                embeddings_bytes=parameters.embeddings * while_adding,
-                head_bytes=parameters.head * while_adding + logits,
+                layer_bytes=held.layer,
+                embeddings_bytes=held.embeddings + held.embeddings_gradient,
+                head_bytes=held.head + held.head_gradient + logits,
                 fixed_bytes=activations if recomputes else 0,  # of the layer whose backward runs
-                layer_bytes_in_flight=held,
+                layer_bytes_in_flight=in_flight,
                 output_bytes_in_flight=hidden,
                 memory_limit_bytes=limit,
             )

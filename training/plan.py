@@ -10,15 +10,20 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import torch
 
 from comms.probe import LinkTimes, time_link
 from comms.transport import make_transport
 from pipeline_parallel.partition import Cut, StageCost, best_cut, layers_that_fit, stage_seconds
 from pipeline_parallel.schedule import PipelineMode, extra_warmup_for, order
 from pipeline_parallel.simulator import peak_in_flight
+from training.assembly import assemble_stage, make_optimizer
 from training.config import Config
 from training.gradient import Schedule, wire_codecs
+from training.held import HeldBytes, held_bytes
 from training.job import Job, all_say
 from training.measure import MeasuredCosts, default_memory_limit, describe_cut, measure_costs, stage_costs
 from training.precision import precision_of
@@ -84,8 +89,8 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
         memory_limit_bytes=limit if wants_cut else NO_LIMIT,
         budget_s=CUT_BUDGET_S if wants_cut else AHEAD_BUDGET_S,
         others_measure=others_measure,
-        dtype=precision.parameters,
-        bytes_per_parameter=precision.bytes_per_parameter,
+        build=partial(assemble_stage, config, precision=precision),
+        held=_held_bytes(job, config),
     )
     others_measure()  # also where there was no room to measure
     mine = Measurement(costs=costs, memory_limit_bytes=limit, link=_time_links(job, config) if wants_links else None)
@@ -105,7 +110,7 @@ def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> Pip
         recomputes=config.recompute == "layer",
         leaves_weight_gradients=config.pp_mode == "zb",
         dtype=precision.compute,
-        bytes_per_parameter=precision.bytes_per_parameter,
+        held=_held_bytes(job, config),
     )
     extra_warmup = asked_extra_warmup(config)
     reasons: list[str] = []
@@ -127,6 +132,12 @@ def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> Pip
     in_flight = in_flight_of(config, extra_warmup)
     cut = best_cut(costs, num_layers, in_flight)
     return _plan(config, cut, extra_warmup, [describe_cut(costs, cut, in_flight), *reasons])
+
+
+def _held_bytes(job: Job, config: Config) -> HeldBytes:
+    precision, meta = precision_of(config, job.device), torch.device("meta")
+    stage = assemble_stage(config, dataclasses.replace(job.model_config, num_layers=1), (0, 1), meta, precision)
+    return held_bytes(stage, make_optimizer(config, stage, precision))
 
 
 def _fits(costs: Sequence[StageCost], num_layers: int, in_flight: Sequence[int]) -> bool:
