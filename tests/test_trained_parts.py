@@ -104,6 +104,14 @@ def test_dropout_draws_other_noise_for_every_micro_batch_whoever_computes_it(fla
     assert abs(losses(tmp_path / "none")[0] - one[0]) > 1e-3
 
 
+def test_a_run_may_go_on_in_another_precision_and_says_so(flags: dict[str, Any], tmp_path: Path) -> None:
+    train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**flags, "bf16": "true", "total_steps": 2})
+    (process,) = train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**flags, "total_steps": 4})
+    assert "was trained in bf16 and goes on in fp32" in " ".join(process.text.split())
+    train(tmp_path / "ranks", checkpoint_path=tmp_path / "fp32", **flags)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "fp32"), rel=1e-2)
+
+
 def overflow_on(victim: int, at_step: int) -> Callable[[int], None]:
     """One gradient of one rank becomes infinite in one optimizer step."""
 

@@ -18,7 +18,7 @@ from optim.masters import MasterForm
 from training.config import Config
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-GRADIENT_BYTES, MOMENTS_BYTES = 4, 8  # per parameter
+GRADIENT_BYTES = 4  # per parameter that is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,6 @@ class Precision:
         if self.parameters == torch.float32:
             return 0
         return 2 if self.parameters == torch.bfloat16 and self.masters == "split" else 4
-
-    @property
-    def bytes_per_parameter(self) -> int:
-        """Held all the time by a parameter that AdamW trains: itself, gradient, master, two moments."""
-        return self.parameters.itemsize + GRADIENT_BYTES + self.master_bytes + MOMENTS_BYTES
 
 
 def precision_of(config: Config, device: torch.device) -> Precision:

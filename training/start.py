@@ -277,6 +277,11 @@ def _say_what_changed(job: Job, config: Config, start: Start, point: ResumePoint
             point.step,
             start.step,
         )
+    then, now = (
+        "fp16" if flags.get("fp16") else "bf16" if flags.get("bf16") else "fp32" for flags in (point.trainer["flags"], vars(config))
+    )
+    if then != now:
+        log.warning("%s was trained in %s and goes on in %s, from the same fp32 masters and moments", point.folder, then, now)
     if not point.has_optimizer:
         log.warning(
             "%s holds no optimizer states (--checkpoint-optimizer false): Adam's moments start at zero, and weights are as exact as their "
