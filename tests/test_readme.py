@@ -62,7 +62,7 @@ def run(checkout: Path, name: str) -> str:
 
 
 def test_the_readmes_commands_work_from_the_first_to_the_last(checkout: Path) -> None:
-    assert list(blocks()) == ["convert", "script", "by hand", "torchrun", "back", "lora", "timeline"]
+    assert list(blocks()) == ["convert", "script", "by hand", "torchrun", "back", "memory", "lora", "timeline"]
     run(checkout, "convert")
     assert (checkout / "pretrained_models" / "EleutherAI_gpt-j-6b" / "layer_03.safetensors").exists()
     for name, folder in (("script", "mine"), ("by hand", "by_hand"), ("torchrun", "torchrun")):
@@ -72,6 +72,7 @@ def test_the_readmes_commands_work_from_the_first_to_the_last(checkout: Path) ->
     said = run(checkout, "back")
     assert "Once upon a time" in said
     assert (checkout / "my-gptj" / "model.safetensors").exists()
+    assert "weights, quantised" in run(checkout, "memory")
     run(checkout, "lora")
     assert (checkout / "model_checkpoints" / "lora" / "4" / "adapter_model.safetensors").exists()
     assert (checkout / "my-gptj-lora" / "model.safetensors").exists()

@@ -104,6 +104,13 @@ def test_dropout_draws_other_noise_for_every_micro_batch_whoever_computes_it(fla
     assert abs(losses(tmp_path / "none")[0] - one[0]) > 1e-3
 
 
+def test_a_run_says_what_memory_it_was_to_take_and_took(flags: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    own = {**flags, **KINDS["lora over int8"], "total_steps": 11, "checkpoint_steps": 0}
+    for process in train(tmp_path / "ranks", stages=2, checkpoint_path=tmp_path / "run", **own):
+        assert re.search(r"memory of this stage: predicted [\d.]+ MiB, measured peak [\d.]+ MiB \(weights", process.text), process.text
+
+
 def test_a_run_may_go_on_in_another_precision_and_says_so(flags: dict[str, Any], tmp_path: Path) -> None:
     train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**flags, "bf16": "true", "total_steps": 2})
     (process,) = train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**flags, "total_steps": 4})

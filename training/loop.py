@@ -29,6 +29,7 @@ from training.feed import StepFeed, TokenFeed
 from training.gradient import GlobalGradient, wire_report
 from training.job import Job
 from training.opening import describe_run
+from training.peak_memory import PeakMemory
 from training.plan import PipelinePlan, agree_on_plan
 from training.precision import precision_of
 from training.replicas import check_replicas_alike
@@ -41,6 +42,8 @@ from training.verifying import check_probe, make_probe
 from user_error import UserError
 
 log = logging.getLogger("trainer")
+
+MEMORY_AFTER_UPDATES = 10  # by then a stage has needed all that it will
 
 
 def train(job: Job, config: Config, stop_request: StopRequest) -> None:
@@ -74,11 +77,13 @@ class Trainer:
         self._root = Path(config.checkpoint_path)
         self._step, self._optimizer_step, self._num_skipped = start.step, start.optimizer_step, start.num_skipped
         self._position = start.position
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = self._num_updates_here = 0
         self._accumulate = config.gradient_accumulate_step
         self._num_updates = config.total_steps // self._accumulate
         first, last = job.cut[job.place.pp]
         precision = precision_of(config, job.device)
+        self._peak_memory = PeakMemory(job.device)
+        self._peak_memory.start()
         self._stage = assemble_stage(config, job.model_config, (first, last), job.device, precision)
         self._optimizer = make_optimizer(config, self._stage, precision)
         self._loss_scale = LossScale(precision.loss_scale)
@@ -233,6 +238,9 @@ class Trainer:
                 "skipped": decision.skip,
             }
         )
+        self._num_updates_here += 1
+        if self._num_updates_here == MEMORY_AFTER_UPDATES and self._job.place.dp == 0:
+            self._say_memory()
         if decision.skip and self._job.place.rank == 0:
             self._say_skipped(decision, loss_scale)
         self._save_stall_s = 0.0
@@ -250,6 +258,15 @@ class Trainer:
                 "data, and start again from the newest checkpoint"
             )
         return decision
+
+    def _say_memory(self) -> None:
+        from training.memory import describe, predict_stage  # what it needs of torch takes a second to import
+
+        job = self._job
+        measured = self._peak_memory.bytes()
+        predicted = predict_stage(self._config, job.model_config, job.cut, job.place.pp, self._plan.in_flight[job.place.pp], job.device)
+        kept = "" if job.device.type == "cuda" else "; a CPU's allocator keeps what was freed"
+        log.info("%s%s", describe(predicted, measured), kept)
 
     def _say_skipped(self, decision: StepDecision, loss_scale: float) -> None:
         what = "the loss" if not math.isfinite(decision.loss) else "the gradient"
