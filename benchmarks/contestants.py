@@ -54,16 +54,22 @@ def draw(module: nn.Module, config: GPTJConfig) -> None:
         draw_parameter(parameter, name, config, seed=0)
 
 
-def drawn_stage(sizes: Sizes, first: int, last: int) -> Stage:
-    """Layers [first, last) with their values."""
+def drawn_stage(sizes: Sizes, first: int, last: int, dtype: torch.dtype = torch.float32) -> Stage:
+    """Layers [first, last) with their values, rounded to ``dtype``."""
     config = GPTJConfig.from_hf(sizes.hf_config)
-    stage = empty_stage(config, first, last)
+    stage = empty_stage(config, first, last, dtype=dtype)
     draw(stage, config)
     return stage
 
 
-def _our_optimizer(module: nn.Module) -> AdamW:
-    return AdamW(dict(module.named_parameters()), AdamSettings(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01))
+def _our_optimizer(stage: Stage) -> AdamW:
+    """With the drawn values as masters, which those of a stage in half precision no longer are."""
+    optimizer = AdamW(dict(stage.named_parameters()), AdamSettings(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01))
+    for name, parameter in stage.named_parameters() if stage.compute_dtype != torch.float32 else ():
+        values = torch.empty(parameter.shape)
+        draw_parameter(values, name, stage.config, seed=0)
+        optimizer.assign(name, values)
+    return optimizer
 
 
 class OurPipeline:
@@ -234,6 +240,7 @@ class StageAlone:
         self._ids = token_ids(sizes)[: sizes.micro_batch_size]  # (B, T)
         self._segments = Segments.from_positions(torch.arange(sizes.seq_length).expand_as(self._ids))
         self._hidden = torch.randn(*self._ids.shape, sizes.width, generator=torch.Generator().manual_seed(1))  # (B, T, C)
+        self._hidden = self._hidden.to(stage.compute_dtype)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(input, output) of the stage."""

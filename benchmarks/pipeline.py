@@ -10,7 +10,7 @@ Tokens per second: whole optimizer steps, with norm, clipping and AdamW. Ideal o
 (micro-batches + stages - 1) x the slowest stage's forward and backward, which is timed right before each step while all other stages
 are as busy. More ranks than cores share the cores, and then the ideal is no bound. Memory: highest resident set of each rank, and
 how many micro-batches' activations our stages held by the allocator's count, beside what the simulator says. The benchmark fails if a
-variant's losses are not those of the others."""
+variant's losses are not those of the others. --precision bf16 trains ours (with exact masters) in bf16, the peers stay in fp32."""
 
 import argparse
 import importlib.util
@@ -49,10 +49,10 @@ PEERS = ("torch-gpipe", "torch-1f1b", "deepspeed", "hf", "single")
 ONE_PROCESS = ("hf", "single")
 NUM_ALONE = 3  # micro-batches of which the median is a stage's time
 TIMEOUT = timedelta(minutes=10)
-LOSS_TOLERANCE = 1e-4
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative; by --precision
 NOT_INSTALLED = "not installed (pip install --no-deps deepspeed, and its other dependencies, beside this torch)"
 
-Variant = dict[str, Any]  # kind: a mode of ours or a peer; stages; cut
+Variant = dict[str, Any]  # kind: a mode of ours or a peer; stages; cut; precision
 
 
 def all_variants(options: argparse.Namespace) -> dict[str, Variant]:
@@ -65,7 +65,17 @@ def all_variants(options: argparse.Namespace) -> dict[str, Variant]:
             for kind in (*options.modes, *(peer for peer in options.peers if peer not in ONE_PROCESS)):
                 name = f"{'ours ' if kind in MODES else ''}{kind}, {stages} stages, cut {cut}"
                 variants[name] = {"kind": kind, "stages": stages, "cut": cut}
+    for variant in variants.values():
+        variant["precision"] = options.precision if variant["kind"] in (*MODES, "single") else "fp32"
     return variants
+
+
+def stage_of(variant: Variant, sizes: Sizes, layers: tuple[int, int]):  # type: ignore[no-untyped-def]
+    """[first, last) in the variant's precision, with values."""
+    import torch
+    from contestants import drawn_stage
+
+    return drawn_stage(sizes, *layers, dtype=torch.bfloat16 if variant["precision"] == "bf16" else torch.float32)
 
 
 def run_variant(variant: Variant, sizes: Sizes, measures: str) -> Any:
@@ -135,6 +145,7 @@ def measured_cut(place, store, groups, variant: Variant, sizes: Sizes):  # type:
     )
     config = Config(
         partition="measured",
+        bf16=variant["precision"] == "bf16",
         pp_mode=schedule_of(variant),
         extra_warmup_forwards="0",
         wire_dtype_grad="none",
@@ -160,13 +171,13 @@ def orders_of(variant: Variant, num_micro_batches: int):  # type: ignore[no-unty
 
 
 def measure_time(place, store, gate: Gate, variant: Variant, sizes: Sizes) -> dict[str, Any]:  # type: ignore[no-untyped-def]
-    from contestants import DeepSpeedPipeline, OurPipeline, StageAlone, TorchPipeline, TransformersProcess, drawn_stage
+    from contestants import DeepSpeedPipeline, OurPipeline, StageAlone, TorchPipeline, TransformersProcess
 
     from comms.groups import make_groups
 
     kind, groups = variant["kind"], make_groups(place, "gloo", TIMEOUT)
     cut = cut_of(place, store, groups, variant, sizes)
-    stage = None if kind == "hf" else drawn_stage(sizes, *cut[place.pp])
+    stage = None if kind == "hf" else stage_of(variant, sizes, cut[place.pp])
     if kind == "hf":
         contestant = TransformersProcess(sizes)
     elif kind == "deepspeed":
@@ -213,23 +224,25 @@ def measure_memory(place, store, variant: Variant, sizes: Sizes) -> dict[str, An
     """How many micro-batches' activations a stage of ours held at its peak: what a step's peak has over that of a step of one micro-batch,
     divided by what a micro-batch keeps. All by the allocator's count of what this thread allocates and frees: a message that the sending
     thread lets go of counts on, so that the figure may be too high by message / kept for every micro-batch but one."""
-    from contestants import OurPipeline, StageAlone, drawn_stage
+    from contestants import OurPipeline, StageAlone
 
     from comms.groups import make_groups
 
     groups = make_groups(place, "gloo", TIMEOUT)
-    stage = drawn_stage(sizes, *cut_of(place, store, groups, variant, sizes)[place.pp])
+    stage = stage_of(variant, sizes, cut_of(place, store, groups, variant, sizes)[place.pp])
     held: list[Any] = []
     alone = StageAlone(sizes, stage)
     alone.time_once()
     kept, _ = allocated_by(lambda: held.append(alone.forward()))
     held.clear()
+    stage.zero_grad()  # made by autograd in the parameters' dtype, where ours are fp32
     peaks = []
     for num_micro_batches in (1, sizes.micro_batches):
         contestant = OurPipeline(replace(sizes, micro_batches=num_micro_batches), place, groups, stage, variant["kind"])
         contestant.step()
         peaks.append(allocated_by(contestant.pipeline)[1])
-    too_high = 0.0 if place.is_first_stage else (sizes.micro_batches - 1) * sizes.tokens_per_micro_batch * sizes.width * 4 / kept
+    message = sizes.tokens_per_micro_batch * sizes.width * stage.compute_dtype.itemsize
+    too_high = 0.0 if place.is_first_stage else (sizes.micro_batches - 1) * message / kept
     return {"kept_per_micro_batch_mib": kept / 2**20, "in_flight": 1 + (peaks[1] - peaks[0]) / kept, "too_high_by_at_most": too_high}
 
 
@@ -249,12 +262,12 @@ def allocated_by(run: Callable[[], float | None]) -> tuple[int, int]:
     return now, peak
 
 
-def check_losses(rounds: list[dict[str, Any]]) -> list[float]:
-    """Exit unless every variant reported the same losses; returns them."""
+def check_losses(rounds: list[dict[str, Any]], tolerance: float) -> list[float]:
+    """Exit unless every variant reported the same losses, to the relative ``tolerance``; returns them."""
     by_name = {name: max(ranks, key=lambda rank: rank["losses"][0])["losses"] for name, ranks in rounds[0].items()}
     expected = next(iter(by_name.values()))
     for name, losses in by_name.items():
-        if any(abs(loss - wanted) > LOSS_TOLERANCE * wanted for loss, wanted in zip(losses, expected, strict=True)):
+        if any(abs(loss - wanted) > tolerance * wanted for loss, wanted in zip(losses, expected, strict=True)):
             sys.exit(f"all variants must do the same work, so their losses must agree; they are {by_name}, see {name!r}")
     return expected
 
@@ -332,6 +345,7 @@ def main() -> None:
     parser.add_argument("--cut", nargs="+", default=["even"], help="even, measured, or layers by hand such as 5,3; several are compared")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--precision", choices=list(LOSS_TOLERANCE), default="fp32", help="of ours; peers compute in fp32")
     parser.add_argument("--variant", help="for the benchmark's own processes")
     add_size_options(parser)
     options = parser.parse_args()
@@ -349,7 +363,8 @@ def main() -> None:
         "sizes": vars(sizes),
         "machine": before,
         "left_out": left_out,
-        "losses": check_losses(rounds),
+        "precision": options.precision,
+        "losses": check_losses(rounds, LOSS_TOLERANCE[options.precision]),
         "ratios": ratios_of(variants, rounds),
         "variants": {name: report_on(name, variant, rounds, sizes) for name, variant in variants.items()},
         "memory": memory_report(variants, sizes),
