@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from modules import gemm
 
+NARROW = 8  # times more outputs than inputs
+
 
 class _LeftOver(NamedTuple):
     micro_batch: int
@@ -57,13 +59,21 @@ class WeightGradients:
         """Form the oldest gradient that was left over and add it. The unit is one linear of one micro-batch, so a gap is filled closely."""
         _, is_final, linear, x, grad = self._left_over.popleft()
         if linear.weight.requires_grad:
-            _add(linear.weight, gemm.linear(grad.t(), x.t()))  # (C_out, C_in)
+            _add(linear.weight, _weight_gradient(grad, x))  # (C_out, C_in)
             if is_final:
                 self._on_final(linear.weight)
         if linear.bias is not None and linear.bias.requires_grad:
             _add(linear.bias, _column_sums(grad))  # (C_out,)
             if is_final:
                 self._on_final(linear.bias)
+
+
+def _weight_gradient(rows: Tensor, x: Tensor) -> Tensor:
+    """rows (N, C_out), x (N, C_in): rows.T @ x, (C_out, C_in). Of a narrow input (LoRA's B) as the transpose of x.T @ rows: kernels are up
+    to 14 times faster with the short side first."""
+    if rows.shape[1] >= NARROW * x.shape[1]:
+        return gemm.linear(x.t(), rows.t()).t()
+    return gemm.linear(rows.t(), x.t())
 
 
 def _column_sums(rows: Tensor) -> Tensor:
@@ -98,7 +108,7 @@ class _Linear(torch.autograd.Function):
                 ctx.left_over_to.leave(ctx.linear, x, grad)
             return grad_x, None, None, None, None
         rows = grad.flatten(0, -2)  # (N, C_out)
-        grad_weight = gemm.linear(rows.t(), x.flatten(0, -2).t()) if need_weight else None  # (C_out, C_in)
+        grad_weight = _weight_gradient(rows, x.flatten(0, -2)) if need_weight else None  # (C_out, C_in)
         return grad_x, grad_weight, _column_sums(rows) if need_bias else None, None, None
 
 
