@@ -87,6 +87,9 @@ class ModelFolder:
         if not any(name.startswith("model.") for name in present) and is_layer_shard_folder(path):
             found: Iterable[tuple[str, StoredWeight]] = open_layer_shards(path, read_model_config(config))
         elif not present:
+            if (path / "adapter_config.json").is_file():
+                what = f"{path} holds an adapter, and not the model that it changes"
+                raise UserError(f"{what}. Give that model; a run goes on with its adapters by itself, from its --checkpoint-path")
             looked_for = f"none of {', '.join(WEIGHT_FILES)}, and no pytorch_0.pt"
             raise UserError(f"the model folder {path} holds no weights: {looked_for}. {FETCH_AGAIN}")
         elif present[0].endswith(".index.json"):

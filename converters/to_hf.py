@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from checkpoint.command import exit_status, expanded
 from checkpoint.companions import tokenizer_files
 from checkpoint.conversion import plan_conversion
 from checkpoint.hf_folder import write_hf_folder
+from checkpoint.manifest import TRAINER_FILE
 from checkpoint.model_folder import ModelFolder, resolve_model_folder
+from checkpoint.train_state import read_trainer_state
 from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, progress_bar, verify
 from converters.sources import open_adapter, open_source
 from modules.model_config import ModelConfig
@@ -93,9 +96,23 @@ def with_adapter(base: ModelFolder, config: ModelConfig, path: Path) -> MergedMo
     adapter = open_adapter(path, config)
     merged = MergedModel(base, adapter)
     print(f"merging {adapter.path}: {describe(adapter)}, into {merged.num_merged} tensors of {base.weights_path}")
-    if adapter.base_model is not None:
+    beside = trained_beside(adapter.path)
+    if beside is not None and beside == base.fingerprint():
+        print("these are the very weights that the adapter was trained beside")
+    elif beside is not None:
+        rule = "warning: these are not the weights that the adapter was trained beside"
+        print(f"{rule} ({adapter.base_model}): in another dtype they do, other values make a model that is worth nothing", file=sys.stderr)
+    elif adapter.base_model is not None:
         print(f"the adapter was trained on {adapter.base_model}, it says: merged into other weights of the same shapes it is worth nothing")
     return merged
+
+
+def trained_beside(adapter: Path) -> str | None:
+    """The fingerprint of the model that one of our steps was trained beside; None where it is not known."""
+    if not (adapter / TRAINER_FILE).is_file():
+        return None
+    fingerprint = read_trainer_state(adapter).get("base_model")
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def describe(adapter: Adapter) -> str:

@@ -37,6 +37,11 @@ class LossScale:
         self._good_steps, self._overflows_left = 0, settings.hysteresis if settings is not None else 0
 
     @property
+    def is_static(self) -> bool:
+        """True if no overflow lowers it."""
+        return not self._is_dynamic
+
+    @property
     def is_at_minimum(self) -> bool:
         """True if another overflow would not lower it."""
         return self._settings is None or not self._is_dynamic or self.value <= self._settings.minimum
@@ -66,13 +71,18 @@ class LossScale:
             "settings": None if self._settings is None else asdict(self._settings),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """The reverse of state(), of a run with or without a scale. A run in which the scale has not moved yet, or was static, or is given
-        now, keeps its own. Raises UserError if ``state`` is none of ours."""
+    def load(self, state: dict[str, Any] | float) -> None:
+        """The reverse of state(), of a run with or without a scale (a number: of a version that had none). Where the scale was static, is
+        static now, or is to begin with another value than it began with, it keeps its own. Raises UserError if ``state`` is none of ours.
+        """
+        if isinstance(state, (int, float)):
+            return
         try:
             value, good_steps, left = float(state["value"]), int(state["good_steps"]), int(state["overflows_left"])
             was_dynamic = state["settings"] is not None and state["settings"]["static"] is None
+            began_alike = self._settings is None or not was_dynamic or state["settings"]["initial"] == self._settings.initial
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the checkpoint's loss scale cannot be read ({error!r}). Resume from an older step") from error
-        if self._is_dynamic and was_dynamic:
-            self.value, self._good_steps, self._overflows_left = value, good_steps, left
+        if self._is_dynamic and was_dynamic and began_alike:
+            assert self._settings is not None, "a dynamic scale has settings"
+            self.value, self._good_steps, self._overflows_left = max(value, self._settings.minimum), good_steps, left

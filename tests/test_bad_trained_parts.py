@@ -1,5 +1,6 @@
 """Mistakes around adapters, quantised bases and optimizers: one clear message on every rank, before any weight is loaded."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 
 import pytest
 from conftest import make_model, make_tokenizer
-from harness import Process, eight_sequences, steps_in, train
+from harness import Process, eight_sequences, free_port, launch, steps_in, train, train_argv
+from safetensors.torch import load_file, save_file
 
 from modules import quantized
 
@@ -122,8 +124,6 @@ def test_adapters_are_not_put_beside_another_model_of_the_same_shape(flags: dict
 
 def test_adapters_go_on_beside_a_copy_of_their_model(flags: dict[str, Any], adapter_run: Path, model_folder: Path, tmp_path: Path) -> None:
     """Where it lies and how it is cut into files is no matter."""
-    import shutil
-
     shutil.copytree(model_folder, tmp_path / "copy")
     own = {**flags, **LORA, "total_steps": 2, "model_name": tmp_path / "copy"}
     (process,) = train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", resume=adapter_run, **own)
@@ -131,10 +131,6 @@ def test_adapters_go_on_beside_a_copy_of_their_model(flags: dict[str, Any], adap
 
 
 def test_a_base_that_is_not_finite_is_not_quantised(flags: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     pytest.importorskip("peft")
     shutil.copytree(model_folder, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
@@ -143,3 +139,35 @@ def test_a_base_that_is_not_finite_is_not_quantised(flags: dict[str, Any], model
     save_file(tensors, file, metadata={"format": "pt"})
     own = {**flags, **LORA, "base_quantization": "int8", "model_name": tmp_path / "model"}
     refused(tmp_path / "ranks", "fc_in", checkpoint_path=tmp_path / "run", **own)
+
+
+def test_a_rank_that_reads_another_model_is_named_whatever_stage_it_is(flags: dict[str, Any], adapter_run: Path, tmp_path: Path) -> None:
+    """Stages hold other layers, so no replica could notice."""
+    make_model(tmp_path / "other", seed=9)
+    make_tokenizer(tmp_path / "other")
+
+    def model_of(rank: int) -> dict[str, Any]:
+        return {"model_name": tmp_path / "other"} if rank else {}
+
+    for own in ({**flags, "total_steps": 1}, {**flags, **LORA, "total_steps": 2, "resume": adapter_run}):
+        common = {**own, "pipeline_group_size": 2, "world_size": 2, "dist_url": f"tcp://127.0.0.1:{free_port()}", "num_threads": 1}
+        common |= {"device": "cpu", "rendezvous_timeout": 30, "checkpoint_path": tmp_path / own.get("train", "all")}
+        processes = launch(lambda rank, common=common: train_argv(**{**common, "rank": rank, **model_of(rank)}), 2, tmp_path / "ranks")
+        for process in processes:
+            assert process.wait(30) not in (0, None)
+            assert "all ranks read the same model; rank 1 (stage 1 of 2" in " ".join(process.text.split()), process.text
+
+
+def test_a_weight_that_fp16_cannot_hold_is_named(flags: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.h.3.mlp.fc_out.weight"][2, 1] = -1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    wanted = ("--fp16 holds numbers up to 65504", "transformer.h.3.mlp.fc_out.weight has 100000", "--bf16")
+    refused(tmp_path / "ranks", *wanted, checkpoint_path=tmp_path / "run", **{**flags, "fp16": "true", "model_name": tmp_path / "model"})
+
+
+def test_an_adapter_is_no_model_to_train(flags: dict[str, Any], adapter_run: Path, tmp_path: Path) -> None:
+    own = {**flags, **LORA, "model_name": adapter_run / "1"}
+    refused(tmp_path / "ranks", "holds an adapter, and not the model that it changes", checkpoint_path=tmp_path / "run", **own)

@@ -30,6 +30,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "layernorm": {"train": "layernorm", "lr": 1e-2},
     "layernorm over int8": {"train": "layernorm", "lr": 1e-2, "base_quantization": "int8", "fp16": "true"},
 }
+NEW_FLAGS = (
+    *("fp16", "bf16", "master_weights", "loss_scale", "initial_loss_scale", "loss_scale_window", "min_loss_scale", "loss_scale_hysteresis"),
+    *("train", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "dropout", "base_quantization", "quantize_ends"),
+    *("optimizer_offload", "max_skipped_steps"),
+)
 NEEDS = {"lora": "peft", "layernorm": "peft", "8-bit adam": "bitsandbytes", "nf4": "bitsandbytes"}
 
 
@@ -109,6 +114,50 @@ def test_a_run_says_what_memory_it_was_to_take_and_took(flags: dict[str, Any], t
     own = {**flags, **KINDS["lora over int8"], "total_steps": 11, "checkpoint_steps": 0}
     for process in train(tmp_path / "ranks", stages=2, checkpoint_path=tmp_path / "run", **own):
         assert re.search(r"memory of this stage: predicted [\d.]+ MiB, measured peak [\d.]+ MiB \(weights", process.text), process.text
+
+
+def test_a_checkpoint_of_a_version_without_a_loss_scale_goes_on(flags: dict[str, Any], tmp_path: Path) -> None:
+    train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**flags, "total_steps": 2})
+    trainer = tmp_path / "run" / "2" / "train_state" / "trainer.json"
+    content = json.loads(trainer.read_text())
+    old = {**content, "loss_scale": 1.0, "flags": {name: value for name, value in content["flags"].items() if name not in NEW_FLAGS}}
+    del old["base_model"]
+    trainer.write_text(json.dumps(old))
+    manifest = json.loads((tmp_path / "run" / "2" / "manifest.json").read_text())
+    manifest["files"]["train_state/trainer.json"]["size"] = trainer.stat().st_size
+    (tmp_path / "run" / "2" / "manifest.json").write_text(json.dumps(manifest))
+    train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **flags)
+    train(tmp_path / "ranks", checkpoint_path=tmp_path / "whole", **flags)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"bf16": "true"}, {}),
+        ({"dropout": 0.1}, {}),
+        ({**LORA, "lora_dropout": 0.2}, {**LORA, "lora_dropout": 0.5}),
+        (LORA, {**LORA, "base_quantization": "int8"}),
+        ({"dropout": 0.2}, {"dropout": 0.2, "micro_batch_size": 2}),
+    ],
+)
+def test_a_resume_that_computes_something_else_is_not_verified_and_not_accused(
+    then: dict[str, Any], now: dict[str, Any], flags: dict[str, Any], tmp_path: Path
+) -> None:
+    if "train" in then:
+        pytest.importorskip("peft")
+    own = {**flags, "verify_resume": "true"}
+    train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**own, **then, "total_steps": 1})
+    (process,) = train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**own, **now, "total_steps": 2})
+    text = " ".join(process.text.split())
+    assert "this resume cannot be verified: what is computed has changed" in text and "starting at step 1 of 2" in text
+
+
+def test_a_smaller_initial_loss_scale_counts_on_a_resume(flags: dict[str, Any], tmp_path: Path) -> None:
+    own = {**flags, "fp16": "true"}
+    train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**own, "total_steps": 1})
+    train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**own, "total_steps": 2, "initial_loss_scale": 16})
+    assert [row["loss_scale"] for row in log_rows(tmp_path / "run")] == [32768, 16]
 
 
 def test_a_run_may_go_on_in_another_precision_and_says_so(flags: dict[str, Any], tmp_path: Path) -> None:

@@ -54,6 +54,14 @@ def check_assembly(config: Config, model_config: ModelConfig, device: torch.devi
         check_bitsandbytes()
 
 
+def import_packages(config: Config) -> None:
+    """What assembling will import, beforehand. Raises UserError where it is missing."""
+    if config.train != "all":
+        import_peft()
+    if config.optimizer == "8bit-adam":
+        EightBitAdamW(AdamSettings(beta1=0.0, beta2=0.0, eps=1.0, weight_decay=0.0))
+
+
 def assemble_stage(config: Config, model_config: ModelConfig, layers: tuple[int, int], device: torch.device, precision: Precision) -> Stage:
     """layers: [first, last). Storage without values, but for fresh adapters; on the meta device without those."""
     stage = meta_stage(dataclasses.replace(model_config, dropout=config.dropout), *layers).to(precision.parameters)
@@ -108,13 +116,23 @@ class WeightTaker:
     def take(self, name: str, values: Tensor) -> None:
         """``values``: in any floating dtype, maybe in a mapped file; copied, rounded or quantised. Raises UserError for what is not finite
         and would be quantised."""
+        if self._parameters[name].dtype == torch.float16:
+            _check_fits_fp16(name, values)
         if name in self._trained:
             self._optimizer.assign(name, values)
         elif name in self._fill:
             self._fill[name](values, name)
+            return
         else:
             parameter: nn.Parameter = self._parameters[name]
             parameter.copy_(values)
+
+
+def _check_fits_fp16(name: str, values: Tensor) -> None:
+    """Raise UserError for a weight that would become infinite: every step would then be skipped."""
+    largest = max(abs(float(bound)) for bound in torch.aminmax(values))
+    if largest > torch.finfo(torch.float16).max:
+        raise UserError(f"--fp16 holds numbers up to 65504, and {name} has {largest:g}. Use --bf16, which holds what fp32 does")
 
 
 def step_weights(config: Config, model: ModelFolder, model_config: ModelConfig) -> StepWeights:
@@ -169,7 +187,7 @@ def check_same_training(
 
 
 def base_fingerprint(config: Config, model: ModelFolder) -> str | None:
-    """What adapters belong to: the frozen weights. None where all are trained. On rank 0."""
-    if config.train == "all":
+    """What the weights that are read from --model-name are, the same on all ranks if they read the same; None where they are drawn."""
+    if not config.load_pretrained_model:
         return None
-    return model.fingerprint() if config.load_pretrained_model else f"drawn with --seed {config.seed}"
+    return f"8 bits, {model.digest()}" if model.is_int8 else model.fingerprint()  # to read 8-bit files takes as long as to train a step

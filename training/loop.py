@@ -21,7 +21,7 @@ from modules.stage import draw_parameter
 from optim.decide import StepDecision
 from optim.loss_scale import LossScale
 from optim.schedule import LearningRate
-from training.assembly import WeightTaker, assemble_stage, make_optimizer, step_companions, step_weights
+from training.assembly import WeightTaker, assemble_stage, import_packages, make_optimizer, step_companions, step_weights
 from training.collecting import load_stage_state
 from training.config import Config
 from training.data import sequences_per_step, start_reader
@@ -82,6 +82,7 @@ class Trainer:
         self._num_updates = config.total_steps // self._accumulate
         first, last = job.cut[job.place.pp]
         precision = precision_of(config, job.device)
+        import_packages(config)  # or their memory would count as the stage's
         self._peak_memory = PeakMemory(job.device)
         self._peak_memory.start()
         self._stage = assemble_stage(config, job.model_config, (first, last), job.device, precision)
@@ -205,6 +206,8 @@ class Trainer:
         if start.point is not None:
             load_stage_state(self._job, start.point, self._stage, self._optimizer, self._root)
             self._loss_scale.load(start.point.trainer["loss_scale"])
+            if self._config.fp16 and self._job.place.rank == 0:
+                log.info("the loss scale goes on at %g", self._loss_scale.value)
 
     def _one_step(self, feed: StepFeed, started: float, stop_request: StopRequest) -> StepDecision:
         before, loss_scale = self._step, self._loss_scale.value
@@ -280,9 +283,12 @@ class Trainer:
         """For a run that skips step after step."""
         if not self._config.fp16:
             return ""
+        if self._loss_scale.is_static:
+            return f"--loss-scale {self._loss_scale.value:g} stays: give a smaller one, or leave it out so that it follows the overflows. "
         if self._loss_scale.is_at_minimum:
             return f"A loss scale of {self._loss_scale.value:g} goes no lower: use --bf16, which overflows where fp32 does. "
-        return f"The loss scale has fallen to {self._loss_scale.value:g} and would fall on: raise --max-skipped-steps, or begin with it. "
+        lower = "raise --max-skipped-steps, or start again with a smaller --initial-loss-scale"
+        return f"The loss scale has fallen to {self._loss_scale.value:g} and would fall on: {lower}. "
 
     def _update(self, feed: StepFeed, learning_rate: float, *, wants_stop: bool) -> StepDecision:
         """Gradients of the whole global batch, then the one decision, then the update (or none)."""

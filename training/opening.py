@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import torch
+
 from modules.stage import meta_stage
+from training.assembly import assemble_stage
 from training.config import Config
 from training.flags import flag_name
 from training.job import Job
 from training.plan import PipelinePlan
-from training.precision import SHORT, Precision, precision_of
+from training.precision import SHORT, precision_of
 from training.report import table
 
 DROPOUT_KEYS = ("_pdrop", "hidden_dropout", "attention_dropout")  # of GPT-J, of GPT-NeoX
@@ -25,9 +28,7 @@ def describe_run(config: Config, job: Job, first_step: int, plan: PipelinePlan) 
         "configuration:",
         table([("flag", "value"), *_resolved_flags(config, job)]),
         "cut:",
-        table(
-            [("stage", "layers", "parameters", "bytes", "micro-batches in flight"), *_cut_rows(job, plan, precision_of(config, job.device))]
-        ),
+        table([("stage", "layers", "parameters", "bytes", "micro-batches in flight"), *_cut_rows(config, job, plan)]),
         *plan.reasons,
         "precisions:",
         table([("of", "dtype", "why"), *_precisions(config, job)]),
@@ -51,17 +52,18 @@ def _resolved_flags(config: Config, job: Job) -> list[tuple[str, ...]]:
     return [(flag_name(name), "-" if value is None else str(value)) for name, value in in_force.items()]
 
 
-def _cut_rows(job: Job, plan: PipelinePlan, precision: Precision) -> list[tuple[str, ...]]:
+def _cut_rows(config: Config, job: Job, plan: PipelinePlan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for s, (first, last) in enumerate(job.cut):
         stage = meta_stage(job.model_config, first, last)
+        held = assemble_stage(config, job.model_config, (first, last), torch.device("meta"), precision_of(config, job.device))
         parts = [
             *(["embeddings"] if stage.has_embeddings else []),
             f"{first}" if last - first == 1 else f"{first} .. {last - 1}",
             *(["head"] if stage.has_head else []),
         ]
         num_parameters = sum(p.numel() for p in stage.parameters())
-        size = f"{num_parameters * precision.parameters.itemsize:,}"
+        size = f"{sum(parameter.nbytes for parameter in held.parameters()):,}"
         rows.append((str(s), ", ".join(parts), f"{num_parameters:,}", size, f"at most {plan.in_flight[s]}"))
     return rows
 

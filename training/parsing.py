@@ -140,6 +140,23 @@ def _out_of_range(config: Config) -> list[str]:
     return problems
 
 
+def _read_by_nobody(config: Config) -> list[str]:
+    """Flags that were changed and would make no difference, with what they belong to."""
+    scaling = ("initial_loss_scale", "loss_scale_window", "min_loss_scale", "loss_scale_hysteresis")
+    rules = [
+        (config.train != "lora", ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"), "--train lora"),
+        (not config.fp16, scaling, "--fp16"),
+        (config.fp16 and config.loss_scale is not None, scaling, "a loss scale that follows the overflows, without --loss-scale"),
+        (not config.bf16, ("master_weights",), "--bf16"),
+    ]
+    return [
+        f"{flag_name(field.name)} is for {belongs_to}; nothing else reads it. Leave it out, or add that"
+        for is_unread, names, belongs_to in rules
+        for field in dataclasses.fields(Config)
+        if is_unread and field.name in names and getattr(config, field.name) != field.default
+    ]
+
+
 def _not_fitting(config: Config) -> list[str]:
     problems = []
     stages, replicas, world_size = config.pipeline_group_size, config.data_group_size, config.world_size
@@ -175,6 +192,11 @@ def _not_fitting(config: Config) -> list[str]:
         )
     if config.quantize_ends and config.base_quantization == "none":
         problems.append("--quantize-ends adds to --base-quantization, which is none. Leave it out, or give --base-quantization int8")
+    if config.train != "all" and not config.load_pretrained_model:
+        problems.append(
+            f"--train {config.train} adapts a model's weights, and with --load-pretrained-model false none are read. Leave one of them out"
+        )
+    problems += _read_by_nobody(config)
     if config.train == "lora":
         try:
             lora_settings(config)

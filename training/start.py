@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from checkpoint.job_lock import JobLock
@@ -29,6 +30,7 @@ from tasks.mixture import Mixture
 from training.assembly import base_fingerprint, check_same_training
 from training.config import Config
 from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture, sequences_per_step
+from training.flags import flag_name
 from training.folders import Folders, find_folders, remove_tokens
 from training.job import Job, all_say
 from training.resuming import ResumePoint, check_same_model, find_resume_point, newest_in_sight
@@ -93,7 +95,8 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
     if point is not None:
         check_same_model(point, job.model_config)
         check_same_training(config, job.model_config, point.trainer["flags"], point.folder, has_optimizer=point.has_optimizer)
-    desk = _open_desk(job, config, start, token, cleanup) if job.place.rank == 0 and not start.is_finished else None
+    base = None if start.is_finished else _agree_on_base(job, config, point)
+    desk = _open_desk(job, config, start, token, base, cleanup) if job.place.rank == 0 and not start.is_finished else None
     probe = all_say(job, dist.PrefixStore("start", job.store), "probe", desk.probe if desk is not None else None)[0]
     return dataclasses.replace(start, probe=probe, newer=tuple(_newer(in_sight, root, point))), desk
 
@@ -217,19 +220,36 @@ def _counters(config: Config, folders: Folders, point: ResumePoint | None) -> St
     )
 
 
-def _open_desk(job: Job, config: Config, start: Start, token: str, cleanup: ExitStack) -> ReadingDesk:
-    """On rank 0. Raises UserError for tokenizers, data and batches that do not fit, and says what a resume changes."""
-    base = base_fingerprint(config, job.model)
-    if start.point is not None and start.point.trainer.get("base_model") != base:
+def _agree_on_base(job: Job, config: Config, point: ResumePoint | None) -> str | None:
+    """Called by all ranks: what the weights are that all read from --model-name; None if nobody reads any. Raises UserError if ranks see
+    other weights than rank 0, or adapters others than they were trained beside."""
+    if point is not None and config.train == "all":
+        return None
+    found = all_say(job, dist.PrefixStore("start", job.store), "base", base_fingerprint(config, job.model))
+    others = [rank for rank, base in enumerate(found) if base != found[0]]
+    if others:
+        raise UserError(
+            f"all ranks read the same model; {job.place.at(others[0]).in_words} on host {job.roster[others[0]]['host']} has other weights "
+            f"under --model-name than rank 0. Give every host the same copy of the model folder"
+        )
+    if point is not None and point.trainer.get("base_model") != found[0]:
         raise UserError(
             f"adapters belong to the model they were trained on; the weights of --model-name {config.model_name} are not those that "
-            f"{start.point.folder} was trained beside. Give that model, or use another --checkpoint-path"
+            f"{point.folder} was trained beside. Give that model, or use another --checkpoint-path"
         )
+    return found[0]
+
+
+def _open_desk(job: Job, config: Config, start: Start, token: str, base: str | None, cleanup: ExitStack) -> ReadingDesk:
+    """On rank 0. Raises UserError for tokenizers, data and batches that do not fit, and says what a resume changes."""
     encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size)
     identity = data_identity(config, encoder)
     state, probe = None, None
     if start.point is not None:
         state, probe = _data_position(config, start.point, identity)
+        if probe is not None and not start.point.has_optimizer and any(job.model.dtype(n) != torch.float32 for n in job.model.names()):
+            log.warning("this resume cannot be verified: the weights were rounded to their files (--checkpoint-optimizer false)")
+            state, probe = start.point.trainer["data"], None
         _say_what_changed(job, config, start, start.point)
     mixture = open_mixture(config, encoder, state)
     cleanup.callback(mixture.close)
@@ -282,6 +302,10 @@ def _say_what_changed(job: Job, config: Config, start: Start, point: ResumePoint
     )
     if then != now:
         log.warning("%s was trained in %s and goes on in %s, from the same fp32 masters and moments", point.folder, then, now)
+    for name in ("base_quantization", "quantize_ends", "dropout", "lora_dropout"):
+        before = point.trainer["flags"].get(name, getattr(Config, name, None))
+        if name in point.trainer["flags"] and before != getattr(config, name):
+            log.warning("%s was trained with %s %s and goes on with %s", point.folder, flag_name(name), before, getattr(config, name))
     if not point.has_optimizer:
         log.warning(
             "%s holds no optimizer states (--checkpoint-optimizer false): Adam's moments start at zero, and weights are as exact as their "

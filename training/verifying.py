@@ -19,6 +19,7 @@ log = logging.getLogger("trainer")
 
 TOLERANCE = 1e-4  # relative, where a bit-equal result is not promised
 ROUNDING = "--wire-dtype and the cut"
+FUNCTION = "precision, quantisation and dropout"
 
 
 def make_probe(
@@ -37,7 +38,9 @@ def make_probe(
             "compute threads per rank": job.num_threads,
             "device": job.device.type,
             "torch": torch.__version__,
+            "--loss-scale": config.loss_scale,
             ROUNDING: _rounding(job, config),
+            FUNCTION: _function(config),
         },
     }
 
@@ -46,6 +49,15 @@ def _rounding(job: Job, config: Config) -> str:
     """Compressed links round where the model is cut."""
     dtypes = [dtype for dtype in (config.wire_dtype, config.wire_dtype_grad) if dtype not in (None, "none")]
     return f"{' and '.join(map(str, dtypes))} at {job.cut}" if dtypes and job.place.pp_size > 1 else "none"
+
+
+def _function(config: Config) -> str:
+    """What changes the numbers themselves, not their last bits. Noise depends on how the global batch is cut into micro-batches."""
+    precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
+    base = f"{config.base_quantization}{' with ends' if config.quantize_ends else ''}"
+    noise = f"{config.dropout:g} and {config.lora_dropout if config.train == 'lora' else 0:g}"
+    cut = f" in micro-batches of {config.micro_batch_size}" if config.dropout or (config.train == "lora" and config.lora_dropout) else ""
+    return f"{precision}, base {base}, dropouts {noise}{cut}"
 
 
 def check_probe(then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -60,9 +72,10 @@ def check_probe(then: dict[str, Any], now: dict[str, Any]) -> None:
         for name, before in then["bits_depend_on"].items()
         if now["bits_depend_on"].get(name) != before
     ]
-    if any(text.startswith(ROUNDING) for text in changed):
-        log.warning("this resume cannot be verified: compressed links round elsewhere than before. %s", "; ".join(changed))
-        return
+    for what, why in ((ROUNDING, "compressed links round elsewhere than before"), (FUNCTION, "what is computed has changed")):
+        if any(text.startswith(what) for text in changed):
+            log.warning("this resume cannot be verified: %s. %s", why, "; ".join(changed))
+            return
     values = [(name, float.fromhex(then[name]), float.fromhex(now[name])) for name in ("loss", "grad_norm")]
     differing = [
         f"{name} {before!r} then, {after!r} now"
