@@ -20,8 +20,7 @@ from checkpoint.companions import tokenizer_files
 from checkpoint.conversion import plan_conversion
 from checkpoint.hf_folder import write_hf_folder
 from checkpoint.manifest import TRAINER_FILE
-from checkpoint.model_folder import ModelFolder, resolve_model_folder
-from checkpoint.train_state import read_trainer_state
+from checkpoint.model_folder import ModelFolder, read_json_object, resolve_model_folder
 from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, progress_bar, verify
 from converters.sources import open_adapter, open_source
 from modules.model_config import ModelConfig
@@ -111,7 +110,7 @@ def trained_beside(adapter: Path) -> str | None:
     """The fingerprint of the model that one of our steps was trained beside; None where it is not known."""
     if not (adapter / TRAINER_FILE).is_file():
         return None
-    fingerprint = read_trainer_state(adapter).get("base_model")
+    fingerprint = read_json_object(adapter / TRAINER_FILE).get("base_model")
     return fingerprint if isinstance(fingerprint, str) else None
 
 

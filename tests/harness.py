@@ -4,6 +4,7 @@ Ranks are forked from the test process, which has imported torch already: four r
 imports for itself. torch computes with one thread in the parent (conftest.py), because OpenMP's pool does not survive a fork."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -24,10 +25,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 
+# Of each worker of pytest-xdist its own, below those from which the system takes ports for outgoing connections.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw8").removeprefix("gw")) % 9
+_PORTS = itertools.islice(itertools.cycle(range(10_000 + 2_000 * _WORKER, 12_000 + 2_000 * _WORKER)), os.getpid() % 2_000, None)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and that nobody else who runs at the same time will take."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("a cycle does not end")
 
 
 @dataclass

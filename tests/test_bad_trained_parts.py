@@ -87,8 +87,8 @@ def adapter_run(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
         ({"lora_rank": 4}, ("--lora-rank 2, now it is 4",)),
         ({"lora_alpha": 3}, ("--lora-alpha 16.0, now it is 3.0",)),
         ({"lora_target_modules": "q_proj"}, ("--lora-target-modules all-linear, now it is q_proj",)),
-        ({"train": "layernorm"}, ("--train lora, now it is layernorm",)),
-        ({"train": "all"}, ("--train lora, now it is all",)),
+        ({"train": "layernorm", "lora_rank": None}, ("--train lora, now it is layernorm",)),
+        ({"train": "all", "lora_rank": None}, ("--train lora, now it is all",)),
         ({"optimizer": "8bit-adam"}, ("--optimizer adam, now it is 8bit-adam",)),
     ],
 )

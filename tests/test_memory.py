@@ -239,5 +239,10 @@ def test_a_wrong_flag_is_one_clear_message(tmp_path: Path, capsys: pytest.Captur
     said = capsys.readouterr()
     assert said.err.startswith("error: --base-quantization int8 is for weights that are not trained") and "Traceback" not in said.err
     assert said.out == ""
+    assert main(["--model-name", str(tmp_path / "model"), "--seq-length", "99999"]) == 1
+    assert "--seq-length must not exceed the model's positions" in capsys.readouterr().err
+    cut = ["--pipeline-group-size", "2", "--stage-layers", "1,1", "--seq-length", "64"]
+    assert main(["--model-name", str(tmp_path / "model"), *cut]) == 1
+    assert "--stage-layers" in capsys.readouterr().err
     assert main(["--pipeline-group-size", "2"]) == 1
     assert capsys.readouterr().err == "error: --model-name is required; pass it or put it into --config\n"

@@ -143,10 +143,17 @@ def test_a_loss_scale_goes_on_where_it_was_saved() -> None:
     whole, first = LossScale(settings()), LossScale(settings())
     follow(whole, "x..x..")
     follow(first, "x..x")
-    resumed = LossScale(settings(initial=2.0))
+    resumed = LossScale(settings())
     resumed.load(first.state())
     assert follow(resumed, "..") == [whole.value] * 2 or resumed.state()["good_steps"] == whole.state()["good_steps"]
     assert {k: v for k, v in resumed.state().items() if k != "settings"} == {k: v for k, v in whole.state().items() if k != "settings"}
+    lower = LossScale(settings(initial=2.0))
+    lower.load(first.state())
+    assert lower.value == 2, "another beginning is what a user asks for whose scale had to fall too far"
+    clamped = LossScale(settings(minimum=20000.0))
+    clamped.load(first.state())
+    assert follow(clamped, "xx") == [20000, 20000], "an overflow never raises it"
+    resumed.load(1.0)
     static = LossScale(settings(static=64.0))
     static.load(first.state())
     assert static.value == 64, "what is asked for now counts"

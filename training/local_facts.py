@@ -45,12 +45,20 @@ def look_around(config: Config) -> LocalFacts:
     open_folder = ModelFolder.open if config.load_pretrained_model else ModelFolder.open_config
     model = open_folder(resolve_model_folder(config.model_name))
     model_config = read_model_config(model.config)
+    check_model_folder(model, model_config)
+    check_fit(config, model_config, str(model.config.get("model_type")))
+    check_assembly(config, model_config, device)
+    cut = cut_of(config, model_config.num_layers)
+    return LocalFacts(place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut)
+
+
+def check_fit(config: Config, model_config: ModelConfig, hf_model_type: str) -> None:
+    """What flags must have in common with the model. hf_model_type: what config.json says. Raises UserError."""
     if config.model_type not in (None, model_config.model_type):
         raise UserError(
-            f"--model-type must be that of the model; it is {config.model_type}, {model.path / 'config.json'} says "
-            f"{model.config.get('model_type')!r}, which is {model_config.model_type}. Leave it out, or give another --model-name"
+            f"--model-type must be that of the model; it is {config.model_type}, config.json says "
+            f"{hf_model_type!r}, which is {model_config.model_type}. Leave it out, or give another --model-name"
         )
-    check_model_folder(model, model_config)
     if config.embedding_dim not in (None, model_config.width):
         raise UserError(
             f"--embedding-dim must be the model's width; it is {config.embedding_dim}, config.json says {model_config.width}. Leave it out"
@@ -63,12 +71,9 @@ def look_around(config: Config) -> LocalFacts:
         )
     for wire_dtype in (config.wire_dtype, config.wire_dtype_grad or "none") if config.num_stages > 1 else ():
         check_width(wire_dtype, model_config.width)
-    check_assembly(config, model_config, device)
-    cut = _cut(config, model_config.num_layers)
-    return LocalFacts(place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut)
 
 
-def _cut(config: Config, num_layers: int) -> Cut:
+def cut_of(config: Config, num_layers: int) -> Cut:
     """As the flags ask for; where it is to be measured, the even one until then."""
     if config.stage_layers is not None:
         return cut_by_stage_layers(num_layers, config.num_stages, parse_stage_layers(config.stage_layers))

@@ -39,12 +39,13 @@ from modules.quantized import CHUNK_BYTES
 from modules.stage import Stage, meta_stage
 from optim.build import AdamW
 from optim.masters import Master
-from pipeline_parallel.partition import Cut, cut_by_num_layers, cut_by_stage_layers, even_cut, parse_stage_layers, size_in_words
+from pipeline_parallel.partition import Cut, size_in_words
 from pipeline_parallel.schedule import warmup_forwards
 from training.assembly import assemble_stage, make_optimizer
 from training.config import Config
 from training.flags import parse_known_flags
 from training.gradient import LEAST_DEPTH, wire_codecs
+from training.local_facts import check_fit, cut_of
 from training.parsing import parse_config
 from training.plan import asked_extra_warmup, in_flight_of
 from training.precision import GRADIENT_BYTES, Precision, precision_of
@@ -320,14 +321,6 @@ def _parse(argv: Sequence[str]) -> Config:
     return parse_config([*argv, *filled, *(["--device=cpu"] if given["device"] == "auto" else [])], environment={})
 
 
-def _cut(config: Config, num_layers: int) -> Cut:
-    if config.stage_layers is not None:
-        return cut_by_stage_layers(num_layers, config.num_stages, parse_stage_layers(config.stage_layers))
-    if config.num_layers is not None:
-        return cut_by_num_layers(num_layers, config.num_stages, config.num_layers)
-    return even_cut(num_layers, config.num_stages)
-
-
 def _in_words(config: Config, stages: Sequence[StageMemory]) -> str:
     rows: list[tuple[str, ...]] = [
         ("stage", *(str(s) for s in range(len(stages)))),
@@ -363,8 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert config.model_name is not None, "parse_config requires it"
         model = ModelFolder.open_config(resolve_model_folder(config.model_name, weights=False))
         model_config = read_model_config(model.config)
+        check_fit(config, model_config, str(model.config.get("model_type")))
         file_dtypes = {name: model.dtype(name) for name in model.names()}
-        cut, in_flight = _cut(config, model_config.num_layers), in_flight_of(config, asked_extra_warmup(config))
+        cut, in_flight = cut_of(config, model_config.num_layers), in_flight_of(config, asked_extra_warmup(config))
         stages = predict_stages(config, model_config, cut, in_flight, torch.device(config.device), file_dtypes)
         if arguments.json:
             facts = [{**dataclasses.asdict(stage), "host": stage.host, "total": stage.total} for stage in stages]

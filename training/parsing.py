@@ -36,7 +36,7 @@ def parse_config(argv: Sequence[str], environment: Mapping[str, str] = os.enviro
         parse_flags(Config, argv, "Fine-tune a causal language model over pipeline stages and replicas; start one process per device."),
         environment,
     )
-    problems = [*_missing(config), *_not_offered(config), *_out_of_range(config), *_not_fitting(config)]
+    problems = [*_missing(config), *_not_offered(config), *_out_of_range(config), *_not_trainable(config), *_not_fitting(config)]
     if problems:
         listing = "".join(f"\n- {problem}" for problem in problems)
         raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{listing}")
@@ -157,6 +157,37 @@ def _read_by_nobody(config: Config) -> list[str]:
     ]
 
 
+def _not_trainable(config: Config) -> list[str]:
+    """What is to be trained, and in which precision."""
+    problems = []
+    if config.train == "all" and config.base_quantization != "none":
+        problems.append(
+            f"--base-quantization {config.base_quantization} is for weights that are not trained, and --train all trains every one. Use "
+            "--train lora or --train layernorm, or leave it out"
+        )
+    if config.quantize_ends and config.base_quantization == "none":
+        problems.append("--quantize-ends adds to --base-quantization, which is none. Leave it out, or give --base-quantization int8")
+    if config.train != "all" and not config.load_pretrained_model:
+        problems.append(
+            f"--train {config.train} adapts a model's weights, and with --load-pretrained-model false none are read. Leave one of them out"
+        )
+    problems += _read_by_nobody(config)
+    if config.train == "lora":
+        try:
+            lora_settings(config)
+        except UserError as error:
+            problems.append(f"--lora-rank, --lora-alpha, --lora-dropout: {error}")
+    if config.fp16 and config.bf16:
+        problems.append("--fp16 and --bf16 are two precisions of the same parameters; pass one of them")
+    if config.loss_scale is not None and not config.fp16:
+        problems.append("--loss-scale is for --fp16, whose gradients would vanish without one; nothing else reads it. Leave it out")
+    if config.min_loss_scale > config.initial_loss_scale > 0:
+        problems.append(
+            f"--min-loss-scale must not exceed --initial-loss-scale; {config.min_loss_scale} is more than {config.initial_loss_scale}"
+        )
+    return problems
+
+
 def _not_fitting(config: Config) -> list[str]:
     problems = []
     stages, replicas, world_size = config.pipeline_group_size, config.data_group_size, config.world_size
@@ -185,31 +216,6 @@ def _not_fitting(config: Config) -> list[str]:
         problems.append("--trace-path is where --profiling tidy_profiling writes; nothing else does. Leave it out, or ask for profiling")
     if config.memory_limit is not None and config.partition != "measured":
         problems.append("--memory-limit is what --partition measured keeps to; nothing else reads it. Leave it out, or measure the cut")
-    if config.train == "all" and config.base_quantization != "none":
-        problems.append(
-            f"--base-quantization {config.base_quantization} is for weights that are not trained, and --train all trains every one. Use "
-            "--train lora or --train layernorm, or leave it out"
-        )
-    if config.quantize_ends and config.base_quantization == "none":
-        problems.append("--quantize-ends adds to --base-quantization, which is none. Leave it out, or give --base-quantization int8")
-    if config.train != "all" and not config.load_pretrained_model:
-        problems.append(
-            f"--train {config.train} adapts a model's weights, and with --load-pretrained-model false none are read. Leave one of them out"
-        )
-    problems += _read_by_nobody(config)
-    if config.train == "lora":
-        try:
-            lora_settings(config)
-        except UserError as error:
-            problems.append(f"--lora-rank, --lora-alpha, --lora-dropout: {error}")
-    if config.fp16 and config.bf16:
-        problems.append("--fp16 and --bf16 are two precisions of the same parameters; pass one of them")
-    if config.loss_scale is not None and not config.fp16:
-        problems.append("--loss-scale is for --fp16, whose gradients would vanish without one; nothing else reads it. Leave it out")
-    if config.min_loss_scale > config.initial_loss_scale > 0:
-        problems.append(
-            f"--min-loss-scale must not exceed --initial-loss-scale; {config.min_loss_scale} is more than {config.initial_loss_scale}"
-        )
     cuts = {"--num-layers": config.num_layers, "--stage-layers": config.stage_layers}
     cuts["--partition measured"] = None if config.partition == "even" else config.partition
     given = [name for name, value in cuts.items() if value is not None]
