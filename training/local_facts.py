@@ -46,18 +46,18 @@ def look_around(config: Config) -> LocalFacts:
     model = open_folder(resolve_model_folder(config.model_name))
     model_config = read_model_config(model.config)
     check_model_folder(model, model_config)
-    check_fit(config, model_config, str(model.config.get("model_type")))
+    check_fit(config, model, model_config)
     check_assembly(config, model_config, device)
     cut = cut_of(config, model_config.num_layers)
     return LocalFacts(place=place, interface=interface, device=device, backend=backend, model=model, model_config=model_config, cut=cut)
 
 
-def check_fit(config: Config, model_config: ModelConfig, hf_model_type: str) -> None:
-    """What flags must have in common with the model. hf_model_type: what config.json says. Raises UserError."""
+def check_fit(config: Config, model: ModelFolder, model_config: ModelConfig) -> None:
+    """What flags must have in common with the model, whose configuration is ``model_config``. Raises UserError."""
     if config.model_type not in (None, model_config.model_type):
         raise UserError(
-            f"--model-type must be that of the model; it is {config.model_type}, config.json says "
-            f"{hf_model_type!r}, which is {model_config.model_type}. Leave it out, or give another --model-name"
+            f"--model-type must be that of the model; it is {config.model_type}, {model.path / 'config.json'} says "
+            f"{model.config.get('model_type')!r}, which is {model_config.model_type}. Leave it out, or give another --model-name"
         )
     if config.embedding_dim not in (None, model_config.width):
         raise UserError(

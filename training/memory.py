@@ -356,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert config.model_name is not None, "parse_config requires it"
         model = ModelFolder.open_config(resolve_model_folder(config.model_name, weights=False))
         model_config = read_model_config(model.config)
-        check_fit(config, model_config, str(model.config.get("model_type")))
+        check_fit(config, model, model_config)
         file_dtypes = {name: model.dtype(name) for name in model.names()}
         cut, in_flight = cut_of(config, model_config.num_layers), in_flight_of(config, asked_extra_warmup(config))
         stages = predict_stages(config, model_config, cut, in_flight, torch.device(config.device), file_dtypes)
