@@ -91,7 +91,8 @@ class OurPipeline:
             clip_grad_norm=CLIP_GRAD_NORM,
         )
         ids = token_ids(sizes)
-        self._tokens = torch.stack((ids, torch.arange(sizes.seq_length).expand_as(ids)), dim=1)[None].int()  # (1, N, 2, T)
+        positions = torch.arange(sizes.seq_length).expand_as(ids)
+        self._tokens = torch.stack((ids, positions, next_token_targets(ids, positions)), dim=1)[None].int()  # (1, N, 3, T)
         self._num_targets = sizes.num_targets
         self.seconds_by_span: dict[str, float] = {}  # of the last pipeline()
 

@@ -154,7 +154,7 @@ class OurEmulation:
             extra_warmup=schedule.extra_warmup,
         )
         ids = torch.zeros(1, 2, dtype=torch.int64)
-        self._micro_batches = [MicroBatch(ids, Segments.from_positions(torch.arange(2)[None]))] * num_micro_batches
+        self._micro_batches = [MicroBatch(ids, Segments.from_positions(torch.arange(2)[None]), ids)] * num_micro_batches
 
     def _link(self, first_stage: int) -> Link:
         """The link behind ``first_stage``, from this end."""

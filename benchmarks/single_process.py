@@ -48,6 +48,7 @@ def run_ours(given: dict[str, Any], sizes: Sizes) -> Found:
     from comms.place import place_of
     from comms.spans import Spans
     from modules.gptj import GPTJConfig
+    from modules.lm_ops import next_token_targets
     from modules.stage import draw_parameter
     from training.allocator import keep_freed_memory
     from training.assembly import WeightTaker, assemble_stage, make_optimizer
@@ -91,7 +92,8 @@ def run_ours(given: dict[str, Any], sizes: Sizes) -> Found:
         clip_grad_norm=CLIP_GRAD_NORM,
     )
     ids = token_ids(sizes)
-    tokens = torch.stack((ids, torch.arange(sizes.seq_length).expand_as(ids)), dim=1)[None].int()  # (1, N, 2, T)
+    positions = torch.arange(sizes.seq_length).expand_as(ids)
+    tokens = torch.stack((ids, positions, next_token_targets(ids, positions)), dim=1)[None].int()  # (1, N, 3, T)
 
     def step() -> float:
         decision = gradient.compute(tokens, sizes.num_targets)

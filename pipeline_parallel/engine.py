@@ -16,16 +16,18 @@ from torch import Tensor
 from comms.links import Link
 from comms.spans import Spans
 from modules.linear import WeightGradients
-from modules.lm_ops import Segments, next_token_targets
+from modules.lm_ops import Segments
 from modules.stage import Stage
 from pipeline_parallel.schedule import Action
 
 
 class MicroBatch(NamedTuple):
-    """token_ids (B, T) int64 and the documents in them; on the device of the stage."""
+    """token_ids (B, T) int64, the documents in them, and targets (B, T) int64: what each position is to predict, or IGNORED_TARGET; on the
+    device of the stage."""
 
     token_ids: Tensor
     segments: Segments
+    targets: Tensor
 
 
 class PipelineEngine:
@@ -92,8 +94,7 @@ class PipelineEngine:
         loss: Tensor | float = 0.0
         if self._following is None:
             with self._spans.span("loss", i):
-                targets = next_token_targets(micro_batch.token_ids, micro_batch.segments.positions)  # (B, T)
-                loss = self._stage.loss_sum(y, targets, scale)
+                loss = self._stage.loss_sum(y, micro_batch.targets, scale)
             with self._spans.span("backward", i):
                 loss.backward()
             loss = loss.detach()

@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from modules.lm_ops import IGNORED_TARGET
 from tasks.readers import Documents
 from user_error import UserError
+
+NUM_PLANES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,25 @@ class PackedSequence:
 
     token_ids: np.ndarray  # (T,) int32
     positions: np.ndarray  # (T,) int32, 0 at each segment start
+    targets: np.ndarray  # (T,) int32: the id that each position is to predict, or IGNORED_TARGET
     task: int  # place of the task in the list
 
+    @property
+    def planes(self) -> np.ndarray:
+        """(NUM_PLANES, T) int32, as they travel: ids, positions, targets."""
+        return np.stack((self.token_ids, self.positions, self.targets))
 
-def num_targets(positions: np.ndarray) -> int:
-    """How many ids of sequences (..., T) are targets: those that follow another id of their own segment."""
-    return int(np.count_nonzero(positions[..., 1:]))
+
+def num_targets(targets: np.ndarray) -> int:
+    """How many of targets (..., T) are there."""
+    return int(np.count_nonzero(targets != IGNORED_TARGET))
+
+
+def targets_within_segments(token_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Of ids and positions (..., T) the targets (..., T) int32 of every id that follows another one of its segment."""
+    targets = np.full(token_ids.shape, IGNORED_TARGET, dtype=np.int32)
+    targets[..., :-1] = np.where(positions[..., 1:] == 0, IGNORED_TARGET, token_ids[..., 1:])
+    return targets
 
 
 class TaskPacker:
@@ -96,7 +112,8 @@ class TaskPacker:
                 self._position += 1
                 self._token_offset = 0
         self._num_tokens += seq_length
-        return PackedSequence(token_ids=token_ids, positions=positions, task=self._task)
+        targets = targets_within_segments(token_ids, positions)
+        return PackedSequence(token_ids=token_ids, positions=positions, targets=targets, task=self._task)
 
     def _load_document(self) -> np.ndarray:
         """Tokenises the document at the cursor, which moves over bad records and pass ends to the first good one."""

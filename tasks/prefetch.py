@@ -27,7 +27,7 @@ _CLOSE_WAIT_S = 5.0
 class StepTokens:
     """The data of one optimizer step."""
 
-    tokens: np.ndarray  # (N, 2, T) int32; [:, 0] token ids, [:, 1] positions
+    tokens: np.ndarray  # (N, 3, T) int32: token ids, positions, targets
     num_targets: int  # over all N sequences
     state: dict[str, Any]  # of the mixture, right behind these N sequences
     data_wait_s: float  # seconds that next() waited for this step
@@ -93,5 +93,5 @@ class StepReader:
             if self._closed:
                 return None
             sequences.append(self._mixture.next_sequence())
-        tokens = np.stack([np.stack((sequence.token_ids, sequence.positions)) for sequence in sequences])  # (N, 2, T) int32
-        return StepTokens(tokens=tokens, num_targets=num_targets(tokens[:, 1]), state=self._mixture.state(), data_wait_s=0.0)
+        tokens = np.stack([sequence.planes for sequence in sequences])  # (N, 3, T) int32
+        return StepTokens(tokens=tokens, num_targets=num_targets(tokens[:, 2]), state=self._mixture.state(), data_wait_s=0.0)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from modules.lm_ops import IGNORED_TARGET, next_token_targets
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
@@ -228,9 +230,9 @@ def equal_files(one: Path, other: Path) -> list[str]:
 
 
 def example_tokens(num_sequences: int, seq_length: int, vocab_size: int, seed: int = 0) -> tuple[torch.Tensor, int]:
-    """(N, 2, T) int32 packed sequences whose documents, and so target counts, are of unequal length; and the number of targets."""
+    """(N, 3, T) int32 packed sequences whose documents, and so target counts, are of unequal length; and the number of targets."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.zeros(num_sequences, 2, seq_length, dtype=torch.int32)
+    tokens = torch.zeros(num_sequences, 3, seq_length, dtype=torch.int32)
     tokens[:, 0] = torch.randint(0, vocab_size, (num_sequences, seq_length), generator=generator)
     for n in range(num_sequences):
         starts, at = [], 0
@@ -239,4 +241,5 @@ def example_tokens(num_sequences: int, seq_length: int, vocab_size: int, seed: i
             at += int(torch.randint(1, 1 + 3 * (n + 1), (1,), generator=generator))
         for start, end in zip(starts, [*starts[1:], seq_length], strict=True):
             tokens[n, 1, start:end] = torch.arange(end - start)
-    return tokens, int((tokens[:, 1, 1:] != 0).sum())
+    tokens[:, 2] = next_token_targets(tokens[:, 0], tokens[:, 1]).int()
+    return tokens, int((tokens[:, 2] != IGNORED_TARGET).sum())

@@ -41,6 +41,7 @@ from comms.groups import Groups
 from comms.place import place_of
 from comms.spans import Spans
 from modules.families import read_model_config
+from modules.lm_ops import next_token_targets
 from modules.stage import draw_parameter
 from training.assembly import WeightTaker, assemble_stage, make_optimizer
 from training.config import Config
@@ -82,9 +83,10 @@ gradient = GlobalGradient(
     dropout_seed=0 if config.dropout or config.lora_dropout else None,
 )
 half = config.seq_length // 2
-tokens = torch.zeros(1, config.batch_size, 2, config.seq_length, dtype=torch.int32)
+tokens = torch.zeros(1, config.batch_size, 3, config.seq_length, dtype=torch.int32)
 tokens[:, :, 0] = torch.randint(0, model.vocab_size, tokens[:, :, 0].shape)
 tokens[:, :, 1] = torch.arange(config.seq_length) % half
+tokens[0, :, 2] = next_token_targets(tokens[0, :, 0], tokens[0, :, 1])
 num_targets = config.batch_size * 2 * (half - 1)
 for _ in range(2):
     decision = gradient.compute(tokens, num_targets)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.packing import PackedSequence, TaskPacker, num_targets
+from modules.lm_ops import IGNORED_TARGET
+from tasks.packing import PackedSequence, TaskPacker, num_targets, targets_within_segments
 from tasks.readers import open_documents
 
 EOS = 0
@@ -67,7 +68,8 @@ def test_an_eos_alone_in_the_next_sequence_is_a_segment_of_its_own(tmp_path: Pat
     assert first.token_ids.tolist() == [1, 2, 3, 4]
     assert second.token_ids.tolist() == [EOS, 5, 6, 7]
     assert second.positions.tolist() == [0, 0, 1, 2]
-    assert num_targets(second.positions) == 2
+    assert second.targets.tolist() == [IGNORED_TARGET, 6, 7, IGNORED_TARGET]
+    assert num_targets(second.targets) == 2
 
 
 def test_an_empty_text_is_an_eos_alone(tmp_path: Path) -> None:
@@ -98,4 +100,7 @@ def test_the_stream_loses_no_id_and_adds_none(tmp_path: Path) -> None:
     ],
 )
 def test_targets_are_the_ids_that_follow_another_of_their_segment(positions: list, expected: int) -> None:
-    assert num_targets(np.array(positions, dtype=np.int32)) == expected
+    ids = np.arange(np.size(positions), dtype=np.int32).reshape(np.shape(positions))
+    targets = targets_within_segments(ids, np.array(positions, dtype=np.int32))
+    assert num_targets(targets) == expected
+    assert np.all((targets == IGNORED_TARGET) | (targets == ids + 1))

@@ -72,12 +72,13 @@ def test_steps_hold_the_sequences_of_the_mixture_in_order(tmp_path: Path) -> Non
     reader = StepReader(make_mixture(path), sequences_per_step=3)
     for _ in range(20):
         step = reader.next()
-        assert (step.tokens.shape, step.tokens.dtype) == ((3, 2, 10), np.int32)
+        assert (step.tokens.shape, step.tokens.dtype) == ((3, 3, 10), np.int32)
         for row in step.tokens:
             sequence = plain.next_sequence()
             assert np.array_equal(row[0], sequence.token_ids)
             assert np.array_equal(row[1], sequence.positions)
-        assert step.num_targets == num_targets(step.tokens[:, 1])
+            assert np.array_equal(row[2], sequence.targets)
+        assert step.num_targets == num_targets(step.tokens[:, 2])
         assert step.state == plain.state()
         assert step.data_wait_s >= 0
     reader.close()

@@ -1,7 +1,7 @@
 """Token ids on their way from the one reader to every rank, one optimizer step ahead.
 
 Rank 0 alone reads data, so files are needed on one host and the order of sequences does not depend on the grid. While step n
-computes, the ids of step n + 1 travel (16 KB per 2048 tokens), to every stage: the first needs ids, the last targets, all of them
+computes, those of step n + 1 travel (24 KB per 2048 tokens), to every stage: the first needs ids, the last targets, all of them
 where documents begin.
 
 Sequence i of an optimizer step belongs to accumulation step i // (R*N), replica (i // N) % R, place i % N in that replica's batch.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from comms.links import naming_the_peer
 from comms.place import Place
+from tasks.packing import NUM_PLANES
 from tasks.prefetch import StepReader
 from user_error import UserError
 
@@ -30,9 +31,9 @@ HEADER_INTS = 1  # number of targets of the global step; 0: the data ends here
 @dataclass(frozen=True, kw_only=True)
 class StepFeed:
     """One replica's share of an optimizer step. num_targets counts the whole global batch; the rest is rank 0's: the state of the data
-    behind this step, the sha256 of its ids and positions in their order over the whole global batch, seconds waited."""
+    behind this step, the sha256 of its tokens in their order over the whole global batch, seconds waited."""
 
-    tokens: Tensor  # (A, N, 2, T) int32 on the CPU; [:, :, 0] ids, [:, :, 1] positions
+    tokens: Tensor  # (A, N, 3, T) int32 on the CPU: ids, positions, targets (see tasks/packing.py)
     num_targets: int
     state: dict[str, Any] | None
     sha256: str | None
@@ -57,7 +58,7 @@ class TokenFeed:
         self._place, self._group, self._reader, self._shape = place, group, reader, shape
         self._steps_left = num_steps
         self._wire_device = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
-        self._num_ints = HEADER_INTS + shape[0] * shape[1] * 2 * shape[2]
+        self._num_ints = HEADER_INTS + shape[0] * shape[1] * NUM_PLANES * shape[2]
         self._coming: Callable[[], StepFeed] | None = None
         self.error: UserError | None = None  # on rank 0: why the data ended
 
@@ -87,13 +88,13 @@ class TokenFeed:
             tokens, num_targets, state, wait = step.tokens, step.num_targets, step.state, step.data_wait_s
             if num_targets == 0:
                 raise UserError(
-                    "an optimizer step needs at least one target token; all documents of this one are a single token long. Give "
-                    "longer texts"
+                    "an optimizer step needs at least one target token; no document of this one has any. Give longer texts, or "
+                    "completions that the sequences are long enough to reach"
                 )
         except UserError as error:
             self.error = error
-            tokens, num_targets, state, wait = np.zeros((a * self._place.dp_size * n, 2, t), np.int32), 0, None, 0.0
-        by_replica = torch.from_numpy(tokens).view(a, self._place.dp_size, n, 2, t)
+            tokens, num_targets, state, wait = np.zeros((a * self._place.dp_size * n, NUM_PLANES, t), np.int32), 0, None, 0.0
+        by_replica = torch.from_numpy(tokens).view(a, self._place.dp_size, n, NUM_PLANES, t)
         sends = []
         for rank in range(1, self._place.world_size):
             message = torch.empty(self._num_ints, dtype=torch.int32)
@@ -125,7 +126,7 @@ class TokenFeed:
             with naming_the_peer("waiting for tokens from rank 0"):
                 work.wait()
             here = message.cpu()
-            tokens = here[HEADER_INTS:].view(a, n, 2, t)
+            tokens = here[HEADER_INTS:].view(a, n, NUM_PLANES, t)
             return StepFeed(tokens=tokens, num_targets=int(here[0]), state=None, sha256=None, data_wait_s=0.0)
 
         return wait_until_here

@@ -141,7 +141,8 @@ def describe_flags(settings: type) -> str:
     hints = typing.get_type_hints(settings)
     lines: list[str] = []
     group = None
-    for field in dataclasses.fields(settings):
+    groups = list(dict.fromkeys(field.metadata["group"] for field in dataclasses.fields(settings)))
+    for field in sorted(dataclasses.fields(settings), key=lambda field: groups.index(field.metadata["group"])):
         if field.metadata["group"] != group:
             group = field.metadata["group"]
             lines += ["", f"## {group.capitalize()}", "", "| flag | meaning | default |", "|---|---|---|"]

@@ -120,8 +120,8 @@ class GlobalGradient:
     def compute(
         self, tokens: Tensor, num_targets: int, *, step: int = 0, loss_scale: float = 1.0, wants_stop: bool = False
     ) -> StepDecision:
-        """Collective over all ranks. tokens: this replica's share, (A, N, 2, T) int32, for A accumulation steps of N sequences
-        ([:, :, 0] ids, [:, :, 1] positions); num_targets: of the whole global batch; step: optimizer
+        """Collective over all ranks. tokens: this replica's share, (A, N, 3, T) int32, for A accumulation steps of N sequences
+        ([:, :, 0] ids, [:, :, 1] positions, [:, :, 2] targets or IGNORED_TARGET); num_targets: of the whole global batch; step: optimizer
         step, which decides what dropout draws; loss_scale: see optim/loss_scale.py, no longer in the
         gradients when this returns, unless the step is to be skipped; wants_stop: this rank votes to end the run.
         Gradients are added to what ``.grad`` holds (see forget()). Raises PeerLost."""
@@ -180,14 +180,14 @@ class GlobalGradient:
         self._buckets.zero()
 
     def _micro_batches(self, tokens: Tensor, step: int) -> list[MicroBatch]:
-        """tokens (A, N, 2, T) int32 to micro-batches on the stage's device, in the order of their accumulation steps."""
+        """tokens (A, N, 3, T) int32 to micro-batches on the stage's device, in the order of their accumulation steps."""
         micro_batches = []
         for accumulation_step, batch in enumerate(tokens):
             first = (accumulation_step * self._place.dp_size + self._place.dp) * self._num_micro_batches  # as the data is dealt to replicas
             for number, piece in enumerate(batch.split(self._micro_batch_size), start=first):
                 draw = None if self._dropout_seed is None else Draw(seed=self._dropout_seed, step=step, micro_batch=number)
                 segments = Segments.from_positions(piece[:, 1], draw).to(self._device)
-                micro_batches.append(MicroBatch(piece[:, 0].long().to(self._device), segments))
+                micro_batches.append(MicroBatch(piece[:, 0].long().to(self._device), segments, piece[:, 2].long().to(self._device)))
         return micro_batches
 
 
