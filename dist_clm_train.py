@@ -16,12 +16,10 @@ from collections.abc import Sequence
 
 try:
     from comms.links import PeerLost
-    from comms.place import place_of
-    from training.job import EXIT_FAILED, TELL_FLAGS_S, meet, tell_others
-    from training.loop import train
+    from training.entry import train_rank
+    from training.job import EXIT_FAILED, TELL_FLAGS_S, tell_others
     from training.parsing import parse_config, parse_meeting_point
     from training.report import set_up_logging
-    from training.stopping import StopRequest
     from user_error import UserError
 except ModuleNotFoundError as missing:
     raise SystemExit(
@@ -46,11 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        assert config.rank is not None and config.data_group_size is not None, "parse_config filled these in"
-        set_up_logging(f"rank{config.rank}")
-        with StopRequest() as stop_request, meet(config) as job:
-            set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
-            train(job, config, stop_request)
+        train_rank(config)
     except UserError as error:
         if not error.was_shown:
             print(f"error: {error}", file=sys.stderr)

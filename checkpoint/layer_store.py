@@ -174,8 +174,9 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
-def remove_old_steps(root: Path, newest: Path, keep: int) -> list[str]:
-    """Delete the steps before ``newest``, which has just been committed, but for ``keep`` - 1 of them, and return their names.
+def remove_old_steps(root: Path, newest: Path, keep: int, *, spared: str | None = None) -> list[str]:
+    """Delete the steps before ``newest``, which has just been committed, but for ``keep`` - 1 of them and for the one of the name ``spared``,
+    and return their names.
 
     What does not say its position is left alone. Each is renamed before it is deleted: a job killed meanwhile leaves half a step under a
     name that is none.
@@ -185,7 +186,7 @@ def remove_old_steps(root: Path, newest: Path, keep: int) -> list[str]:
     assert position is not None, f"{newest} has just been written"
     older = [folder for folder in step_folders(root) if (before := position_of(folder)) is not None and before < position]
     removed = []
-    for folder in older[keep - 1 :]:
+    for folder in [folder for folder in older[keep - 1 :] if folder.name != spared]:
         hidden = root / f".{folder.name}{REMOVED}{PARTIAL_SUFFIX}"
         with explained_disk_errors(folder):
             _remove(hidden)

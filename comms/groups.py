@@ -65,12 +65,33 @@ def make_groups(place: Place, backend: str, timeout: timedelta) -> Groups:
     return Groups(to_previous=to_previous, to_next=to_next, replicas=replicas, tokens=new_group(list(range(place.world_size))))
 
 
+def make_closing_group(place: Place, groups: Groups, backend: str, timeout: timedelta) -> dist.ProcessGroup | None:
+    """From each pipeline's last stage back to its first, for tokens (pipeline_parallel/decode.py). Collective over all ranks, in the same
+    order as whatever other groups they make. With two stages it is the group in which gradients travel, with one and between: None."""
+    if place.pp_size <= 2:
+        pair = groups.to_next or groups.to_previous
+        return None if pair is None else pair.gradients
+    own = None
+    for dp in range(place.dp_size):
+        first, last = dp * place.pp_size, (dp + 1) * place.pp_size - 1
+        group = dist.new_group([first, last], timeout=timeout, backend=backend)
+        if place.rank in (first, last):
+            own = group
+            if backend == "nccl":
+                _send_an_element(group, sender=last, receiver=first, rank=place.rank)
+    return own
+
+
 def _open_on_nccl(pair: PairGroups, first: int, rank: int) -> None:
     """One element each way. nccl connects on the first message and blocks for it; later, each neighbour would begin with another
     direction, and both would wait for ever."""
+    _send_an_element(pair.activations, sender=first, receiver=first + 1, rank=rank)
+    _send_an_element(pair.gradients, sender=first + 1, receiver=first, rank=rank)
+
+
+def _send_an_element(group: dist.ProcessGroup, *, sender: int, receiver: int, rank: int) -> None:
     element = torch.zeros(1, device="cuda")
-    for group, sender in ((pair.activations, first), (pair.gradients, first + 1)):
-        if rank == sender:
-            dist.send(element, dst=2 * first + 1 - rank, group=group)
-        else:
-            dist.recv(element, src=2 * first + 1 - rank, group=group)
+    if rank == sender:
+        dist.send(element, dst=receiver, group=group)
+    else:
+        dist.recv(element, src=sender, group=group)

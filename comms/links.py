@@ -22,6 +22,8 @@ from torch import Tensor
 from comms.codecs import Codec, relative_error_sums
 from comms.transport import Pending, Transport
 
+NUM_TAGS = 1024  # of a MessageStream; far more than it ever has under way
+
 
 class PeerLost(ConnectionError):
     """A neighbour does not answer any more. The text names it and what was awaited from it."""
@@ -150,6 +152,59 @@ class ProcessGroupLink:
 
     def _naming_the_peer(self, doing: str) -> "naming_the_peer":
         return naming_the_peer(f"{doing} {self._peer_in_words}")
+
+
+class MessageStream:
+    """One direction between this stage and another, for messages of unequal sizes: both ends know the size of each by themselves.
+
+    The one end puts and flushes, the other posts, as early as it knows a size, and takes, in the order of the posts. Numbers go round, so
+    that gloo's tables of tags stay small; messages of a number overtake each other neither there nor in nccl.
+    """
+
+    def __init__(self, transport: Transport, peer_in_words: str) -> None:
+        self._transport, self._peer_in_words = transport, peer_in_words
+        self._receives: deque[tuple[Tensor, Pending]] = deque()
+        self._sends: deque[Pending] = deque()
+        self._num_posted = self._num_put = 0
+
+    def post(self, num_bytes: int) -> None:
+        """Ask for the next message."""
+        buffer = self._transport.buffer(num_bytes)
+        with naming_the_peer(f"posting a receive from {self._peer_in_words}"):
+            self._receives.append((buffer, self._transport.receive(buffer, self._num_posted % NUM_TAGS)))
+        self._num_posted += 1
+
+    def take(self) -> Tensor:
+        """The next message that was posted, uint8, in storage of its own, on the transport's device. Blocks until it is there."""
+        buffer, pending = self._receives.popleft()
+        with naming_the_peer(f"waiting for a message from {self._peer_in_words}"):
+            pending.result()
+        message, wait_until_read = self._transport.on_device(buffer)
+        wait_until_read()
+        return message
+
+    def put(self, message: Tensor) -> None:
+        """Send all bytes of ``message``. Returns at once; it must not be written to before flush()."""
+        while self._sends and self._sends[0].done():
+            self._finish_send()
+        with naming_the_peer(f"sending a message to {self._peer_in_words}"):
+            self._sends.append(self._transport.send(message.contiguous().view(-1).view(torch.uint8), self._num_put % NUM_TAGS))
+        self._num_put += 1
+
+    def flush(self) -> None:
+        """Wait until everything put so far has left."""
+        while self._sends:
+            self._finish_send()
+
+    def close(self) -> None:
+        """Nothing is exchanged any more."""
+        self._receives.clear()
+        self._sends.clear()
+        self._transport.close()
+
+    def _finish_send(self) -> None:
+        with naming_the_peer(f"sending a message to {self._peer_in_words}"):
+            self._sends.popleft().result()
 
 
 class naming_the_peer:  # noqa: N801 - used as a context manager function, a class so that the hot path makes no generator

@@ -25,17 +25,26 @@ HEAD_CHUNK_ROWS = 256
 _SHORT = (torch.bfloat16, torch.float16)
 
 
+class Past(Protocol):
+    """What a layer has computed for the columns before these ones (modules/kv_cache.py)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, H, T, D) of the new columns. Returns what q finds in the past and in k and v: (B, H, T, D)."""
+
+
 class Segments(NamedTuple):
     """Where the documents of a micro-batch lie, and where in its document every token stands.
 
     bounds: for each sequence b its documents as (start, end) token indices, covering [0, T) without gaps.
     positions: (B, T) int64, counted from 0 at every document start.
     draw: which micro-batch of which step this is, for dropout; None: nothing is dropped.
+    past: where sequences grow token by token, what their earlier tokens left in the layer that is called; bounds are () then.
     """
 
     bounds: tuple[tuple[tuple[int, int], ...], ...]
     positions: Tensor
     draw: Draw | None = None
+    past: Past | None = None
 
     @classmethod
     def from_positions(cls, positions: Tensor, draw: Draw | None = None) -> "Segments":
@@ -147,6 +156,8 @@ def packed_causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments,
     One call per document: on a CPU that is four times faster than a dense block mask, and what stands beside a document in its sequence
     cannot reach it even by rounding.
     """
+    if segments.past is not None:
+        return segments.past.attend(q, k, v)  # (B, H, T, D)
     num_tokens = q.shape[2]
     if all(len(documents) == 1 for documents in segments.bounds):
         return _causal_attention(q, k, v, segments.draw, dropout)  # (B, H, T, D)
@@ -196,16 +207,30 @@ class _DenseHead:
         return gemm.linear(grad, self._weight.t())
 
 
+def _head_of(dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None, quantized_head: FrozenHead | None) -> FrozenHead:
+    """What multiplies hidden states of ``dtype``: a weight with or without bias, or a quantized_head."""
+    if quantized_head is not None:
+        return quantized_head
+    assert weight is not None, "a head is a weight or a quantized_head"
+    return _DenseHead(weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _losses_and_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-log p (r, 1) fp32 of targets (r,) under logits (r, V) fp32, which are overwritten; it has no meaning where there is no target. And
+    what else softmax consists of: exponentials (r, V), over the logits, and their sums (r, 1)."""
+    of_target = logits.gather(1, targets.where(targets != IGNORED_TARGET, 0)[:, None])  # (r, 1)
+    largest = logits.amax(1, keepdim=True)  # (r, 1)
+    exponentials = logits.sub_(largest).exp_()  # (r, V), over the logits
+    normaliser = exponentials.sum(1, keepdim=True)  # (r, 1)
+    return largest + normaliser.log() - of_target, exponentials, normaliser
+
+
 def _loss_of_rows(logits: Tensor, targets: Tensor, scale: float, grad_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """Summed loss (float64) of logits (r, V) fp32, which are overwritten; and scale times its gradient in ``grad_dtype``, if not None."""
     is_target = targets != IGNORED_TARGET  # (r,)
     columns = targets.where(is_target, 0)[:, None]  # (r, 1)
     factors = (is_target * scale)[:, None]  # (r, 1) fp32
-    of_target = logits.gather(1, columns)  # (r, 1)
-    largest = logits.amax(1, keepdim=True)  # (r, 1)
-    exponentials = logits.sub_(largest).exp_()  # (r, V), over the logits
-    normaliser = exponentials.sum(1, keepdim=True)  # (r, 1)
-    losses = largest + normaliser.log() - of_target  # (r, 1)
+    losses, exponentials, normaliser = _losses_and_softmax(logits, targets)  # (r, 1), (r, V), (r, 1)
     loss = losses.double().where(is_target[:, None], 0.0).sum()
     if grad_dtype is None:
         return loss, None
@@ -232,10 +257,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         quantized_head: FrozenHead | None,
     ) -> Tensor:
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
-        head = quantized_head
-        if head is None:
-            assert weight is not None, "a head is a weight or a quantized_head"
-            head = _DenseHead(weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+        head = _head_of(hidden.dtype, weight, bias, quantized_head)
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None
@@ -291,3 +313,39 @@ def chunked_cross_entropy(
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, scale, quantized_head)
     return loss
+
+
+@torch.no_grad()
+def losses_of_tokens(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, targets: Tensor, quantized_head: FrozenHead | None = None
+) -> Tensor:
+    """-log softmax(hidden @ weight.T + bias)[target] of every row, (N,) float64, 0 where there is no target.
+
+    As chunked_cross_entropy, also in memory, but not differentiable and not added up.
+    """
+    head = _head_of(hidden.dtype, weight, bias, quantized_head)
+    losses = torch.zeros(len(targets), dtype=torch.float64, device=hidden.device)
+    for start in range(0, len(targets), HEAD_CHUNK_ROWS):
+        rows = slice(start, start + HEAD_CHUNK_ROWS)
+        of_rows, *_ = _losses_and_softmax(head.product(hidden[rows]), targets[rows])  # (r, 1)
+        losses[rows] = of_rows[:, 0].double().where(targets[rows] != IGNORED_TARGET, 0.0)
+    return losses
+
+
+@torch.no_grad()
+def best_of_each_row(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, quantized_head: FrozenHead | None = None
+) -> tuple[Tensor, Tensor]:
+    """The column of the largest logit of every row, the first of equal ones, (N,) int64; and by how much it exceeds the second, (N,) fp32.
+
+    hidden (N, C); of as many rows at a time as in chunked_cross_entropy.
+    """
+    head = _head_of(hidden.dtype, weight, bias, quantized_head)
+    best, margins = [], []
+    for x in hidden.split(HEAD_CHUNK_ROWS):
+        logits = head.product(x)  # (r, V) fp32
+        largest, columns = logits.max(1, keepdim=True)  # (r, 1) each
+        second = logits.scatter_(1, columns, -torch.inf).amax(1, keepdim=True)  # (r, 1)
+        best.append(columns[:, 0])
+        margins.append((largest - second)[:, 0])
+    return torch.cat(best), torch.cat(margins)

@@ -7,7 +7,7 @@ Legend: B sequences of a micro-batch, T tokens, C width, V vocabulary rows.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.dropout import SeededDropout, name_dropouts
 from modules.families import FAMILIES
-from modules.lm_ops import LayerNorm, Segments, chunked_cross_entropy, rotary_table
+from modules.kv_cache import KeyValueCache
+from modules.lm_ops import LayerNorm, Segments, best_of_each_row, chunked_cross_entropy, losses_of_tokens, rotary_table
 from modules.model_config import ModelConfig
 from modules.quantized import QuantizedLinear
 
@@ -116,22 +117,70 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """Token ids (B, T) where the stage has the embeddings, else hidden states (B, T, C), to hidden states (B, T, C) before the final
         norm."""
-        if self.has_embeddings:
-            x = self.embedding_dropout(self.embeddings(x).to(self.compute_dtype), segments.draw)  # (B, T, C)
+        x = self._embedded(x, segments)  # (B, T, C)
         rotary = self._rotary_at(segments.positions.to(x.device))
         for block in self.blocks.children():
-            if self.recomputes:  # Chen et al. 2016, arXiv:1604.06174; no layer draws from a running stream, so there is no state to keep
+            if (
+                self.recomputes and torch.is_grad_enabled()
+            ):  # Chen et al. 2016, arXiv:1604.06174; no layer draws from a running stream, so there is no state to keep
                 x = checkpoint(block, x, segments, rotary, use_reentrant=False, preserve_rng_state=False)  # (B, T, C)
             else:
                 x = block(x, segments, rotary)  # (B, T, C)
         return x
 
+    @torch.no_grad()
+    def extend(self, x: Tensor, cache: KeyValueCache) -> Tensor:
+        """The same of the next T columns of the sequences in ``cache``, which keeps what later columns will need of them."""
+        segments_of_layers = cache.extend(x.shape[1])
+        x = self._embedded(x, segments_of_layers[0])  # (B, T, C)
+        rotary = self._rotary_at(segments_of_layers[0].positions)
+        for block, segments in zip(self.blocks.children(), segments_of_layers, strict=True):
+            x = block(x, segments, rotary)  # (B, T, C)
+        return x
+
+    def empty_cache(self, num_pads: Sequence[int], num_columns: int) -> KeyValueCache:
+        """For extend(): of sequences with ``num_pads`` pads each to their left, ``num_columns`` with them, on the device of the stage."""
+        return KeyValueCache(
+            num_layers=self.last - self.first,
+            num_heads=self.config.num_heads,
+            head_width=self.config.head_width,
+            num_columns=num_columns,
+            num_pads=num_pads,
+            dtype=self.compute_dtype,
+            device=next(self.parameters()).device,
+        )
+
+    def _embedded(self, x: Tensor, segments: Segments) -> Tensor:
+        if not self.has_embeddings:
+            return x
+        embedded: Tensor = self.embedding_dropout(self.embeddings(x).to(self.compute_dtype), segments.draw)  # (B, T, C)
+        return embedded
+
     def loss_sum(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
         """scale * summed cross entropy of the last stage's hidden (B, T, C) against targets (B, T) int64; a float64 scalar."""
         normed = self.final_norm(hidden).flatten(0, 1)  # (B*T, C)
+        weight, bias, quantized = self._head_parts()
+        return chunked_cross_entropy(normed, weight, bias, targets.flatten(), scale, quantized_head=quantized)
+
+    @torch.no_grad()
+    def row_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Of every sequence of the last stage's hidden (B, T, C) the sum of -log p of its targets (B, T) int64: (B,) float64."""
+        normed = self.final_norm(hidden).flatten(0, 1)  # (B*T, C)
+        weight, bias, quantized = self._head_parts()
+        return losses_of_tokens(normed, weight, bias, targets.flatten(), quantized_head=quantized).view(targets.shape).sum(1)
+
+    @torch.no_grad()
+    def next_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The most probable next ids (B,) int64 behind the last stage's hidden (B, C), the smallest of equally probable ones; and by how
+        much the logit of each exceeds the second best, (B,) fp32: near 0 where another order of adding up would choose another id."""
+        weight, bias, quantized = self._head_parts()
+        return best_of_each_row(self.final_norm(hidden), weight, bias, quantized_head=quantized)
+
+    def _head_parts(self) -> tuple[Tensor | None, Tensor | None, QuantizedLinear | None]:
+        """Weight, bias and None; or None, None and a quantised head."""
         if isinstance(self.head, QuantizedLinear):
-            return chunked_cross_entropy(normed, None, None, targets.flatten(), scale, quantized_head=self.head)
-        return chunked_cross_entropy(normed, self.head.weight, self.head.bias, targets.flatten(), scale)
+            return None, None, self.head
+        return self.head.weight, self.head.bias, None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, C) of the last stage to logits (B, T, V)."""

@@ -1,8 +1,8 @@
 """Plays a schedule on one stage: takes what the neighbours send, computes, sends on.
 
 One path for first, middle and last stage: a missing neighbour is a missing link. Promises: gradients of the step are ADDED to
-``.grad`` in micro-batch order; everything put has left when ``run`` returns. Left to others: dividing by the global target count
-(it comes in as ``scale``), replicas (data_parallel/), the optimizer.
+``.grad`` in micro-batch order; everything put has left when ``run`` or ``evaluate``, which plays forwards alone, returns. Left to others:
+dividing by the global target count (it comes in as ``scale``), replicas (data_parallel/), the optimizer.
 
 Legend: B sequences of a micro-batch, T tokens, C width, M micro-batches.
 """
@@ -74,6 +74,35 @@ class PipelineEngine:
                 if link is not None:
                     link.flush()
         return loss
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Forwards alone of ``micro_batches``, M of B sequences each, on all stages of the pipeline at once, in the messages of a step.
+
+        Returns on the last stage for every sequence the sum of -log p of its targets, (M, B) float64, elsewhere zeros. Between two calls of
+        run() it leaves everything as it was. A stage may be done with all of them before the next one takes the first: M bounds what it
+        holds, as it does for gpipe. Raises PeerLost."""
+        shape = (len(micro_batches), len(micro_batches[0].token_ids)) if micro_batches else (0, 0)
+        losses = torch.zeros(shape, dtype=torch.float64, device=next(self._stage.parameters()).device)
+        if self._previous is not None:
+            self._previous.post(len(micro_batches))
+        for i, micro_batch in enumerate(micro_batches):
+            x = micro_batch.token_ids  # (B, T)
+            if self._previous is not None:
+                with self._spans.span("receiving activations", i):
+                    x = self._previous.take(i)  # (B, T, C)
+            with self._spans.span("forward", i):
+                y = self._stage(x, micro_batch.segments)  # (B, T, C)
+            if self._following is not None:
+                with self._spans.span("sending activations", i):
+                    self._following.put(i, y)
+            else:
+                with self._spans.span("loss", i):
+                    losses[i] = self._stage.row_losses(y, micro_batch.targets)
+        if self._following is not None:
+            with self._spans.span("waiting for sends"):
+                self._following.flush()
+        return losses
 
     def _forward(self, i: int, micro_batch: MicroBatch) -> None:
         x = micro_batch.token_ids  # (B, T)

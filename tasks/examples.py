@@ -53,11 +53,17 @@ class Example:
 class BoundTask(Protocol):
     """A task that has looked at its records."""
 
-    labels: tuple[str, ...] | None  # all that an answer may be; None: anything
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """All that an answer may be; None: anything."""
 
-    def example(self, record: Record, draw: Random) -> Example:
+    @property
+    def draws(self) -> bool:
+        """Whether example() uses its ``draw``."""
+
+    def example(self, record: Record, draw: Random | None) -> Example:
         """The document of one record. ``draw`` is seeded by where the record stands in the run's data: a resumed run draws the same.
-        Raises BadRecordError."""
+        None: as it is asked in an evaluation, where nothing is drawn. Raises BadRecordError."""
 
     def completion_of(self, label: str) -> str:
         """How a label is written behind the prompt, its leading space included."""

@@ -1,157 +1,237 @@
-"""The lines of one data file in a shuffled order per pass: two ways to store a file, one way to ask for a line.
+"""How records are stored, and how one is found again: by its number where a file can be sought in, or by reading forwards.
 
-Neither reads a record's meaning (tasks/readers.py does). Both are pure functions of (seed, place of the task, pass, position) and the
-file, and both keep their memory bounded however long a run is:
-
-- PlainLines knows where each line starts (8 bytes a line, and 8 more for the pass' order) and seeks. The whole file is shuffled.
-- ZstLines reads a compressed stream forwards and shuffles inside windows of up to 10,000 records, so that only a window is in
-  memory. To enter a pass in the middle it reads the bytes up to there again, without looking into them.
-
-Shuffling must give the same order under every numpy that will ever resume a run. numpy promises that only for the legacy RandomState,
-whose streams NEP 19 froze; the newer Generator may change between releases.
+Nothing here knows what a record means. Memory stays bounded however large a source is: 8 bytes per line of a plain file (16 of a .csv),
+a window of a compressed one, the whole of a .json that is one array or object.
 """
 
-from collections.abc import Iterator
+import gzip
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import zstandard
 
+from tasks.examples import BadRecordError, Record
+from tasks.records import MAX_RECORD_BYTES, cells_of_row, record_of_cells, record_of_line, record_of_value
 from user_error import UserError
 
 SCAN_BYTES = 2**20
-WINDOW_RECORDS = 10_000
-WINDOW_BYTES = 64 * 2**20  # a window of long documents ends here, so that memory is bounded in bytes too
 ZST_READ_BYTES = 2**14  # little, since text that repeats itself may unpack to hundreds of times as much
 # Files made with `zstd --long=31` need a window this large; the decoder takes only what a frame asks for.
 ZST_MAX_WINDOW_BYTES = 2**31
+MAX_WHOLE_BYTES = 2**30  # of a .json that is parsed as a whole
+
+_TOO_LONG = f"a record of more than {MAX_RECORD_BYTES // 2**20} MiB"
 
 
-class Lines(Protocol):
-    """What tasks/readers.py needs of a stored file."""
+class Numbered(NamedTuple):
+    """A record, or what is wrong with it; where: file:line, or what comes nearest."""
 
-    num_bytes: int
+    where: str
+    record: Record | BadRecordError
 
-    def line_at(self, pass_index: int, position: int) -> tuple[int, bytes] | None:
-        """(line number counted from 1, its bytes) at this position of this pass' order; None behind the last. Some may be blank."""
 
-    def in_file_order(self) -> Iterator[tuple[int, bytes]]:
-        """All lines with their numbers, as they stand in the file."""
+class Indexed(Protocol):
+    """Records that can be had by number."""
+
+    def __len__(self) -> int:
+        """How many there are, blank lines included."""
+
+    def get(self, index: int) -> Numbered | None:
+        """One of them; None for a blank line."""
 
     def close(self) -> None:
-        """Closes the file."""
+        """No record is asked for any more."""
 
 
-def shuffled(num: int, *key: int) -> np.ndarray:
-    """The numbers below `num` in an order fixed for ever by the key (non-negative integers)."""
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(key)))).permutation(num)
+class Stored(NamedTuple):
+    """A record not looked at yet: reading over it must cost nothing."""
+
+    where: str
+    num_bytes: int
+    read: Callable[[], Record]
+
+    def numbered(self) -> Numbered:
+        """The same, looked at."""
+        return numbered(self.where, self.read)
 
 
-class PlainLines:
-    """Lines of an uncompressed file, by seeking."""
+Forward = Callable[[], Iterator[Stored]]  # records that can be read from the beginning only, blank lines left out
 
-    def __init__(self, path: Path, *, seed: int, place: int) -> None:
-        self.num_bytes = path.stat().st_size
-        self._path = path
-        self._key = (seed, place)
-        self._starts = _line_starts(path)  # (number of lines + 1,) int64; line i is bytes [starts[i], starts[i + 1])
-        self._pass_index = -1
-        self._order = np.empty(0, dtype=np.int64)
+
+def numbered(where: str, read: Callable[[], Record]) -> Numbered:
+    """What ``read`` returns, or what it raises."""
+    try:
+        return Numbered(where, read())
+    except BadRecordError as error:
+        return Numbered(where, error)
+
+
+class IndexedLines:
+    """The lines of a plain file, each a record for ``parse``; by seeking. first: lines before the first record. quoted: a line end between
+    quotes ends no record."""
+
+    def __init__(self, path: Path, name: str, parse: Callable[[bytes], Record], *, first: int = 0, quoted: bool = False) -> None:
+        self._name, self._parse = name, parse
+        starts, lines = _record_starts(path, quoted=quoted)
+        self._starts = starts[first:]  # (number of records + 1,) int64; record i is bytes [starts[i], starts[i + 1])
+        self._lines = lines[first:] if lines is not None else None  # of each record its first line, where they are not all one line long
+        self._first = first
         self._file = path.open("rb")
 
-    def line_at(self, pass_index: int, position: int) -> tuple[int, bytes] | None:
-        if pass_index != self._pass_index:
-            self._order = shuffled(len(self._starts) - 1, *self._key, pass_index)
-            self._pass_index = pass_index
-        if position >= len(self._order):
-            return None
-        index = int(self._order[position])
-        start, end = int(self._starts[index]), int(self._starts[index + 1])
-        self._file.seek(start)
-        return index + 1, self._file.read(end - start)
+    def __len__(self) -> int:
+        return max(0, len(self._starts) - 1)
 
-    def in_file_order(self) -> Iterator[tuple[int, bytes]]:
-        with self._path.open("rb") as file:
-            yield from enumerate(file, start=1)
+    def get(self, index: int) -> Numbered | None:
+        start, end = int(self._starts[index]), int(self._starts[index + 1])
+        where = f"{self._name}:{int(self._lines[index]) if self._lines is not None else self._first + index + 1}"
+        if end - start > MAX_RECORD_BYTES:
+            return Numbered(where, BadRecordError(f"{_TOO_LONG}: {end - start} bytes"))
+        self._file.seek(start)
+        line = self._file.read(end - start)
+        return None if line.isspace() else numbered(where, lambda: self._parse(line))
 
     def close(self) -> None:
         self._file.close()
 
 
-def _line_starts(path: Path) -> np.ndarray:
-    """Byte offset of every line, then the file's size, (number of lines + 1,) int64."""
-    pieces = [np.zeros(1, dtype=np.int64)]
-    num_bytes = 0
+def _record_starts(path: Path, *, quoted: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Byte offset of every record, then the file's size, (number of records + 1,) int64; and, if ``quoted``, the line of each."""
+    pieces, lines = [np.zeros(1, dtype=np.int64)], [np.ones(1, dtype=np.int64)]
+    num_bytes = num_quotes = num_lines = 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(SCAN_BYTES):
-            pieces.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + (num_bytes + 1))
+            values = np.frombuffer(chunk, dtype=np.uint8)
+            ends = np.flatnonzero(values == ord("\n"))
+            if quoted:
+                quotes = np.flatnonzero(values == ord('"'))
+                is_outside = (np.searchsorted(quotes, ends) + num_quotes) % 2 == 0
+                lines.append((np.arange(len(ends)) + num_lines + 2)[is_outside])
+                num_quotes, num_lines = num_quotes + len(quotes), num_lines + len(ends)
+                ends = ends[is_outside]
+            pieces.append(ends + (num_bytes + 1))
             num_bytes += len(chunk)
     starts = np.concatenate(pieces)
-    return starts if starts[-1] == num_bytes else np.append(starts, num_bytes)  # the last line may lack its newline
+    if starts[-1] != num_bytes:
+        starts = np.append(starts, num_bytes)  # the last line may lack its newline
+    return starts, np.concatenate(lines) if quoted else None
 
 
-class ZstLines:
-    """Lines of a zstandard stream of one or many frames, window by window."""
+class IndexedSequence:
+    """Records that are in memory, or that a sequence of (where, record) finds itself."""
 
-    def __init__(self, path: Path, *, name: str, seed: int, place: int) -> None:
-        self.num_bytes = path.stat().st_size
-        self._path = path
-        self._name = name
-        self._key = (seed, place)
-        self._pass_index = -1
-        self._stream: Iterator[tuple[int, bytes]] = iter(())
-        self._window: list[tuple[int, bytes]] = []
-        self._window_index = -1
-        self._window_start = 0  # position of the window's first record in the pass
-        self._order = np.empty(0, dtype=np.int64)
+    def __init__(self, items: Sequence[tuple[str, Any]]) -> None:
+        self._items = items
 
-    def line_at(self, pass_index: int, position: int) -> tuple[int, bytes] | None:
-        if pass_index != self._pass_index or position < self._window_start:
-            self._stream = self.in_file_order()
-            self._pass_index = pass_index
-            self._window, self._window_index, self._window_start = [], -1, 0
-        while position >= self._window_start + len(self._window):
-            if not self._read_window():
-                return None
-        return self._window[int(self._order[position - self._window_start])]
+    def __len__(self) -> int:
+        return len(self._items)
 
-    def in_file_order(self) -> Iterator[tuple[int, bytes]]:
-        return enumerate(_zst_lines(self._path, self._name), start=1)
+    def get(self, index: int) -> Numbered | None:
+        where, value = self._items[index]
+        return numbered(where, lambda: record_of_value(value))
 
     def close(self) -> None:
-        self._stream = iter(())  # drops the generator, whose file closes with it
-
-    def _read_window(self) -> bool:
-        """Moves on to the next window; at the end of the stream that is an empty one, and the answer False."""
-        start = self._window_start + len(self._window)
-        self._window = []  # before the next one grows, so that two are never in memory
-        num_bytes = 0
-        window: list[tuple[int, bytes]] = []
-        for line_number, line in self._stream:
-            if line.isspace():
-                continue
-            window.append((line_number, line))
-            num_bytes += len(line)
-            if len(window) == WINDOW_RECORDS or num_bytes >= WINDOW_BYTES:
-                break
-        self._window_start = start
-        self._window = window
-        self._window_index += 1
-        self._order = shuffled(len(window), *self._key, self._pass_index, self._window_index)
-        return bool(window)
+        self._items = ()
 
 
-def _zst_lines(path: Path, name: str) -> Iterator[bytes]:
-    """Lines with their newlines, as iterating over a plain binary file gives them."""
-    rest = b""
-    for block in _zst_blocks(path, name):
+class Joined:
+    """Several sources as one."""
+
+    def __init__(self, parts: Sequence[Indexed]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def get(self, index: int) -> Numbered | None:
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[place].get(index - (int(self._ends[place - 1]) if place else 0))
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+
+def whole_json(path: Path, name: str) -> IndexedSequence | None:
+    """A .json that is one array of objects, one object of texts by name (as chain-of-thought prompts are), or one object; None if it holds
+    one object per line. Raises UserError."""
+    with path.open("rb") as file:
+        head = file.read(SCAN_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+        is_array = head.startswith(b"[")
+        if not is_array and _is_json(head.partition(b"\n")[0]) and head.partition(b"\n")[2].strip():
+            return None
+        if file.seek(0, 2) > MAX_WHOLE_BYTES:
+            raise UserError(
+                f"A .json file that is one array or object is read as a whole, up to {MAX_WHOLE_BYTES // 2**30} GiB; {name} is larger. Write "
+                "it as .jsonl, one object per line."
+            )
+        file.seek(0)
+        try:
+            value = json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            if is_array:
+                raise UserError(f"A .json file must be JSON in UTF-8: {name}: {error}. Correct the file.") from error
+            return None  # told line by line
+    if isinstance(value, list):
+        return IndexedSequence([(f"{name}: item {number}", item) for number, item in enumerate(value, start=1)])
+    if isinstance(value, dict) and len(value) > 1 and all(isinstance(text, str) for text in value.values()) and "text" not in value:
+        return IndexedSequence([(f"{name}: {key}", {"name": key, "text": text}) for key, text in value.items()])
+    return IndexedSequence([(name, value)])
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def forward_lines(path: Path, name: str, parse: Callable[[bytes], Record], *, first: int = 0) -> Forward:
+    """The lines of a compressed file, one record each; the first ``first`` are none."""
+
+    def read() -> Iterator[Stored]:
+        for number, line in enumerate(unpacked_lines(path, name), start=1):
+            if number > first and not (line is not None and line.isspace()):
+                yield _stored(f"{name}:{number}", line, parse)
+
+    return read
+
+
+def _stored(where: str, line: bytes | None, parse: Callable[[bytes], Record]) -> Stored:
+    def read_it() -> Record:
+        if line is None:
+            raise BadRecordError(_TOO_LONG)
+        return parse(line)
+
+    return Stored(where, len(line or b""), read_it)
+
+
+def unpacked_lines(path: Path, name: str) -> Iterator[bytes | None]:
+    """Lines with their newlines, as iterating over a plain binary file gives them; None for one that is too long to be held."""
+    rest, is_too_long = b"", False
+    for block in (_gz_blocks if path.name.lower().endswith(".gz") or name.lower().endswith(".gz") else _zst_blocks)(path, name):
         lines = (rest + block).split(b"\n")
         rest = lines.pop()
         for line in lines:
-            yield line + b"\n"
-    if rest:
-        yield rest
+            yield None if is_too_long or len(line) > MAX_RECORD_BYTES else line + b"\n"
+            is_too_long = False
+        if len(rest) > MAX_RECORD_BYTES:
+            rest, is_too_long = b"", True
+    if rest or is_too_long:
+        yield None if is_too_long else rest
+
+
+def _gz_blocks(path: Path, name: str) -> Iterator[bytes]:
+    try:
+        with gzip.open(path, "rb") as file:
+            while block := file.read(SCAN_BYTES):
+                yield block
+    except (gzip.BadGzipFile, EOFError, OSError) as error:
+        raise UserError(f"A .gz file must be whole gzip data; {name}: {error}. Copy or download it again, or compress it anew.") from error
 
 
 def _zst_blocks(path: Path, name: str) -> Iterator[bytes]:
@@ -178,3 +258,11 @@ def _zst_blocks(path: Path, name: str) -> Iterator[bytes]:
 
 def _broken_zst(name: str, seen: str) -> UserError:
     return UserError(f"A .zst file must be whole zstandard data; {name} {seen}. Copy or download it again, or compress it anew.")
+
+
+JSON_LINE = record_of_line
+
+
+def table_parser(columns: Sequence[str], delimiter: str) -> Callable[[bytes], Record]:
+    """From a row of a table with these columns to its record."""
+    return lambda row: record_of_cells(cells_of_row(row, delimiter), columns)

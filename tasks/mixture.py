@@ -1,68 +1,27 @@
 """Several tasks mixed by weight into one endless stream of sequences that any run can leave and enter again at the very next token.
 
-A task is drawn for each sequence and packs a stream of its own, so the weights are shares of tokens, whatever the documents' lengths.
+A task is drawn for each sequence and packs a stream of its own, so the weights are shares of sequences, whatever the documents' lengths.
 The draw is a hash of (seed, sequence index): there is no running generator whose state could be lost, and the order of tasks depends on
 nothing else. Everything is deterministic in (seed, task list, data) and in nothing of ranks, micro-batches or time.
 
-Left to others: how documents are read (tasks/readers.py), packed (tasks/packing.py) and read ahead (tasks/prefetch.py); which
-tokenizer; what the sequences are used for.
+Left to others: how the list is written (tasks/task_list.py), how documents are read (tasks/readers.py), tokenised (tasks/encoding.py),
+packed (tasks/packing.py) and read ahead (tasks/prefetch.py); what the sequences are used for.
 """
 
 import hashlib
-import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from tasks.packing import PackedSequence, TaskPacker
-from tasks.readers import ENDINGS, open_documents
-from tasks.records import OnBadRecord
+from tasks.encoding import Encoder
+from tasks.packing import PackedSequence, PackingRules, TaskPacker
+from tasks.readers import Documents
+from tasks.task_list import TaskSpec
 from user_error import UserError
 
-_LIST_RULE = "The task list must read path[:weight],path[:weight],..., with weights >= 0 of which one at least is above 0"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSpec:
-    """One task of the list: a data file and its share of the tokens (all shares add up to 1; 0 means never drawn)."""
-
-    path: str
-    weight: float
-
-
-def parse_task_list(text: str) -> tuple[TaskSpec, ...]:
-    """Reads `a.jsonl:0.2,b.jsonl.zst:0.3,c.jsonl`. A missing weight is 1; weights are normalised to shares. The weight is what stands
-    behind the last colon, if that is a number: addresses with ports and paths with colons need no quoting (a path that itself ends
-    in a colon and a number needs a weight behind it). A path cannot hold a comma. A weight of 0 keeps a task in the list, where its
-    file is opened and checked but never drawn. A file may stand in the list several times; each place reads it in an order of its own.
-    Raises UserError.
-    """
-    places = [_parse_task(item.strip(), text) for item in text.split(",")]
-    largest = max(weight for _, weight in places)
-    if largest == 0:
-        raise UserError(f"{_LIST_RULE}; all weights of {text!r} are 0. Give one task at least a weight above 0.")
-    scaled = [weight / largest for _, weight in places]  # so that not even weights near the largest float add up to infinity
-    total = math.fsum(scaled)
-    return tuple(TaskSpec(path=path, weight=weight / total) for (path, _), weight in zip(places, scaled, strict=True))
-
-
-def _parse_task(item: str, text: str) -> tuple[str, float]:
-    """(path, weight) of one item of the list; `text` is the whole list, for messages."""
-    path, weight = item, 1.0
-    head, colon, tail = item.rpartition(":")
-    if colon:
-        try:
-            path, weight = head.strip(), float(tail)
-        except ValueError as error:
-            if head.lower().endswith(ENDINGS) and not tail.lower().endswith(ENDINGS):
-                raise UserError(f"{_LIST_RULE}; {tail!r} in {item!r} is not a number. Write a weight such as {head}:0.3") from error
-    if not path:
-        raise UserError(f"{_LIST_RULE}; an item of {text!r} has no path. Remove the stray comma, or name a file there.")
-    if not (math.isfinite(weight) and weight >= 0):
-        raise UserError(f"{_LIST_RULE}; the weight in {item!r} is {weight:g}. Give a finite number that is not negative.")
-    return path, weight
+OpenDocuments = Callable[[TaskSpec, int], Documents]  # of a task and its place in the list
 
 
 def draw_task(seed: int, sequence_index: int, cumulative_weights: Sequence[float]) -> int:
@@ -76,6 +35,19 @@ def draw_task(seed: int, sequence_index: int, cumulative_weights: Sequence[float
     return bisect_right(cumulative_weights, uniform * cumulative_weights[-1])
 
 
+def counted_by_task(state: Mapping[str, Any], what: str) -> dict[str, int]:
+    """From a mixture's state, by the task's name: its "tokens" (padding not counted), "records" or "pass"es since the very first sequence,
+    resumes included. A name that stands in the list several times gets its number behind it."""
+    counted: dict[str, int] = {}
+    for task in state["tasks"]:
+        name, number = task["path"], 1
+        while name in counted:
+            number += 1
+            name = f"{task['path']} ({number})"
+        counted[name] = int(task.get(what, 0))
+    return counted
+
+
 class Mixture:
     """The endless stream of sequences. Used by one thread at a time; close() closes the data files."""
 
@@ -83,38 +55,46 @@ class Mixture:
         self,
         *,
         tasks: Sequence[TaskSpec],
-        tokenize: Callable[[str], list[int]],
-        eos_token_id: int,
-        seq_length: int,
+        open_documents: OpenDocuments,
+        encoder: Encoder,
+        rules: PackingRules,
         seed: int,
-        on_bad_record: OnBadRecord = "error",
         state: dict[str, Any] | None = None,
     ) -> None:
-        """Opens and checks all data files (see tasks/readers.py for how far). With the `state` of another mixture over the same files
-        and seed it goes on at that one's next token; weights and seq_length may differ. Raises UserError for bad files and for a
-        state that does not fit them.
+        """Opens and checks all data files (see tasks/readers.py for how far). With the `state` of another mixture over the same files,
+        seed and way of packing it goes on at that one's next token; weights and seq_length may differ. Raises UserError for bad files and
+        for a state that does not fit them.
         """
         if seed < 0:
             raise UserError(f"The data seed must be a non-negative integer, not {seed}. Give another --seed.")
         assert tasks, "a mixture needs at least one task"
+        self.tasks = tuple(tasks)
         self._seed = seed
         self._cumulative_weights = list(accumulate(task.weight for task in tasks))
-        self._next_sequence_index = 0 if state is None else int(state["next_sequence_index"])
-        self._documents = []
+        self.encoder, self._rules = encoder, rules
+        self._next_sequence_index = 0
+        self._peeked: deque[tuple[PackedSequence, dict[str, Any]]] = deque()  # each with the state in front of it
+        self._packers: list[TaskPacker] = []
+        self._documents: list[Documents] = []
         try:
             for place, task in enumerate(tasks):
-                self._documents.append(open_documents(task.path, seed=seed, place=place, on_bad_record=on_bad_record))
-            if state is not None:
-                self._check_state(state)
+                self._documents.append(open_documents(task, place))
+            self.go_to(state)
         except UserError:
             self.close()
             raise
+
+    def go_to(self, state: dict[str, Any] | None) -> None:
+        """Go on where the mixture stood that returned ``state``; None: at the beginning. Raises UserError if it does not fit the data."""
+        if state is not None:
+            self._check_state(state)
+        self._peeked.clear()
+        self._next_sequence_index = 0 if state is None else int(state["next_sequence_index"])
         self._packers = [
             TaskPacker(
                 documents=documents,
-                tokenize=tokenize,
-                eos_token_id=eos_token_id,
-                seq_length=seq_length,
+                encoder=self.encoder,
+                rules=self._rules,
                 task=place,
                 state=None if state is None else state["tasks"][place],
             )
@@ -123,13 +103,45 @@ class Mixture:
 
     def next_sequence(self) -> PackedSequence:
         """The next sequence; UserError for a bad record met in a file too large to be checked when it was opened."""
+        return self._peeked.popleft()[0] if self._peeked else self._draw()
+
+    def peek(self, num: int) -> list[PackedSequence]:
+        """The next sequences, which next_sequence() will give all the same."""
+        while len(self._peeked) < num:
+            state = self._state()
+            self._peeked.append((self._draw(), state))
+        return [sequence for sequence, _ in self._peeked][:num]
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable: where the next token of every task is. A new value each time."""
+        return self._peeked[0][1] if self._peeked else self._state()
+
+    @property
+    def tokens_per_task(self) -> list[int]:
+        """Tokens drawn from each place of the list since the very first sequence, resumes included."""
+        return [int(task["tokens"]) for task in self.state()["tasks"]]
+
+    @property
+    def task_names(self) -> list[str]:
+        """Of each place of the list, as the user wrote it."""
+        return [documents.name for documents in self._documents]
+
+    def fingerprints(self) -> list[str]:
+        """Hex digits of each place's data, by which a resume knows it again."""
+        return [documents.fingerprint() for documents in self._documents]
+
+    def close(self) -> None:
+        """Closes the data files; the mixture gives no sequence afterwards."""
+        for documents in self._documents:
+            documents.close()
+
+    def _draw(self) -> PackedSequence:
         task = draw_task(self._seed, self._next_sequence_index, self._cumulative_weights)
         sequence = self._packers[task].next_sequence()
         self._next_sequence_index += 1
         return sequence
 
-    def state(self) -> dict[str, Any]:
-        """JSON-serialisable: where the next token of every task is. A new value each time."""
+    def _state(self) -> dict[str, Any]:
         return {
             "next_sequence_index": self._next_sequence_index,
             "seed": self._seed,
@@ -138,16 +150,6 @@ class Mixture:
                 for documents, packer in zip(self._documents, self._packers, strict=True)
             ],
         }
-
-    @property
-    def tokens_per_task(self) -> list[int]:
-        """Tokens drawn from each place of the list since the very first sequence, resumes included."""
-        return [packer.num_tokens for packer in self._packers]
-
-    def close(self) -> None:
-        """Closes the data files; the mixture gives no sequence afterwards."""
-        for documents in self._documents:
-            documents.close()
 
     def _check_state(self, state: dict[str, Any]) -> None:
         """A file may have moved, but its place in the list, its size and the seed fix which document a position means."""

@@ -2,7 +2,8 @@
 
 A daemon thread runs up to two steps ahead of the consumer. Promises: each step carries the mixture's state right behind its own
 sequences, so what is saved with a consumed step never knows of those read ahead; an exception of the worker is raised by the `next()`
-of the step where it belongs, after all steps before it; close() never waits for a reader that waits for room.
+of the step where it belongs, after all steps before it (a defect of the tokenizer itself: where its batch of
+documents begins); close() never waits for a reader that waits for room.
 
 Left to the caller: steps without a single target, the cut into micro-batches, closing the mixture.
 

@@ -1,92 +1,142 @@
-"""Documents of one data file in a shuffled order that can be entered anywhere, so that a resumed run reads on where it stopped.
+"""Documents of one source in a shuffled order that can be entered anywhere, so that a resumed run reads on where it stopped.
 
-`Documents.next_good(pass, position)` is the whole interface: the document at that place of that pass' order, or the next good one.
-The order is a pure function of (seed, place of the task in the list, pass) and the file's bytes; every pass has another one and
-covers every record once. Bad records (tasks/records.py) raise a UserError with file:line, or are left out and counted.
+`Documents.next_good(pass, position)` is the whole interface of a training: the document at that place of that pass' order, or the next good
+one. The order is a pure function of (seed, place of the task in the list, pass) and the source; every pass has another one and covers every
+record once. `in_order()` is that of an evaluation: one pass as the files stand. Bad records raise a UserError with file:line, or are left
+out and counted.
 
-What is checked when a file is opened, before any training: all records of a plain file of up to 256 MiB; of larger or compressed
-files the records up to the first good one, the rest as they are read. How each format is stored and shuffled is tasks/lines.py's.
+What is checked when a source is opened, before any training: all records of files that can be sought in and have up to 256 MiB; of others
+the records up to the first good one, the rest as they are read. How records are stored is tasks/lines.py's, in which order they come
+tasks/order.py's, what they mean the task's (tasks/prompts.py).
 """
 
-import hashlib
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from random import Random
 
-from tasks.download import download, file_name_of, is_url
-from tasks.lines import Lines, PlainLines, ZstLines
-from tasks.records import RULE, BadRecordError, OnBadRecord, text_of_record
+import numpy as np
+
+from tasks.examples import BadRecordError, BoundTask, Example, Record, Task
+from tasks.order import WINDOW_RECORDS, Ordered, Shuffled, Windowed
+from tasks.records import OnBadRecord, check_characters
+from tasks.sources import open_source
+from tasks.task_list import TaskSpec
 from user_error import UserError
 
-ENDINGS = (".jsonl", ".json", ".jsonl.zst")
 CHECK_ALL_BYTES = 256 * 2**20  # about a second of json.loads
-FINGERPRINT_BYTES = 2**20
+RULE = "each record must be an object in UTF-8 that its task can use"
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text and where it stood: its (pass, position), at or after the place asked for."""
+    """One document and where it stood: its (pass, position), at or after the place asked for; where: file:line."""
 
     pass_index: int
     position: int
-    text: str
+    where: str
+    example: Example
     num_skipped: int  # bad records left out between the place asked for and this one
 
 
-class Documents:
-    """The documents of one file, endlessly. Made by open_documents; used by one thread at a time."""
+@dataclass(frozen=True, kw_only=True)
+class ReadingRules:
+    """The flags of the same names, and whether tables have a header."""
 
-    def __init__(self, lines: Lines, *, name: str, on_bad_record: OnBadRecord) -> None:
-        assert on_bad_record in ("error", "skip"), f'on_bad_record is "error" or "skip", not {on_bad_record!r}'
+    on_bad_record: OnBadRecord = "error"
+    shuffle_window: int = WINDOW_RECORDS
+    max_samples: int | None = None
+    balance_labels: bool = False
+    has_header: bool = True
+
+
+class Documents:
+    """The documents of one source, endlessly. Made by open_documents; used by one thread at a time."""
+
+    def __init__(
+        self, records: Ordered, *, name: str, num_bytes: int, fingerprint: str, seed: int, place: int, rules: ReadingRules
+    ) -> None:
+        """bind() comes next."""
         self.name = name  # as the user wrote it
-        self.num_bytes = lines.num_bytes  # of the file, as stored
-        self._lines = lines
-        self._on_bad_record = on_bad_record
-        # What is still to be said about bad records that were not counted when the file was opened.
+        self.num_bytes = num_bytes  # of the files, as stored
+        self._records, self._fingerprint, self._key = records, fingerprint, (seed, place)
+        self._on_bad_record = rules.on_bad_record
+        self._task: BoundTask | None = None
+        # What is still to be said about bad records that were not counted when the source was opened.
         self._num_skipped_unreported = 0
         self._first_skip_reported = False
 
+    @property
+    def task(self) -> BoundTask:
+        """What makes documents of these records."""
+        assert self._task is not None, "open_documents binds it"
+        return self._task
+
+    def bind(self, task: Task) -> None:
+        """Let ``task`` look at the records. Raises UserError for records that it cannot use at all."""
+        self._task = task.bind(self._good_records)
+
+    def _good_records(self) -> Iterator[Record]:
+        for _, record in self._records.in_file_order():
+            if not isinstance(record, BadRecordError):
+                yield record
+
     def next_good(self, pass_index: int, position: int) -> Document:
         """The first good document at or after this place, in a later pass if need be. Reading on in order is cheap; going back is
-        allowed and for compressed files costs reading from the start. UserError for a bad record when those are errors, and for a
-        file that a whole pass found without a good record."""
+        allowed and for sources read forwards costs reading from the start. UserError for a bad record when those are errors, and for a
+        source that a whole pass found without a good record."""
         num_skipped = 0
         num_skipped_before_pass = 0
         saw_pass_start = position == 0
         while True:
-            numbered_line = self._lines.line_at(pass_index, position)
-            if numbered_line is None:
+            try:
+                numbered = self._records.at(pass_index, position)
+            except LookupError:
                 self._report_skipped()
                 if saw_pass_start:
-                    raise _no_good_record(self.name, num_skipped - num_skipped_before_pass)
+                    raise _no_good_record(self.name, num_skipped - num_skipped_before_pass) from None
                 pass_index, position, saw_pass_start = pass_index + 1, 0, True
                 num_skipped_before_pass = num_skipped
                 continue
-            line_number, line = numbered_line
-            if not line.isspace():  # blank lines are neither records nor mistakes
+            if numbered is not None:  # blank lines are neither records nor mistakes
+                where, record = numbered
                 try:
-                    text = text_of_record(line)
+                    example = self._example(record, (pass_index, position))
                 except BadRecordError as error:
-                    self._leave_out(line_number, error)
+                    self.leave_out(where, error)
                     num_skipped += 1
                 else:
-                    return Document(pass_index=pass_index, position=position, text=text, num_skipped=num_skipped)
+                    return Document(pass_index=pass_index, position=position, where=where, example=example, num_skipped=num_skipped)
             position += 1
+
+    def in_order(self) -> Iterator[Document]:
+        """One pass as the files stand, as it is asked in an evaluation. Raises UserError as next_good does."""
+        num_skipped = num_good = 0
+        for position, (where, record) in enumerate(self._records.in_file_order()):
+            try:
+                example = self._example(record, None)
+            except BadRecordError as error:
+                self.leave_out(where, error)
+                num_skipped += 1
+            else:
+                num_good += 1
+                yield Document(pass_index=0, position=position, where=where, example=example, num_skipped=0)
+        self._report_skipped()
+        if not num_good:
+            raise _no_good_record(self.name, num_skipped)
 
     def check(self, *, all_records: bool) -> None:
         """Judges all records, or those up to the first good one, in file order. Raises UserError as next_good does."""
         num_bad, num_good, first = 0, 0, ""
-        for line_number, line in self._lines.in_file_order():
-            if line.isspace():
-                continue
+        for where, record in self._records.in_file_order():
             try:
-                text_of_record(line)
+                self._example(record, None)
             except BadRecordError as error:
                 if self._on_bad_record == "error":
-                    raise _bad_record(self.name, line_number, error) from error
-                first = first or f"line {line_number}: {error}"
+                    raise _bad_record(where, error) from error
+                first = first or f"{where}: {error}"
                 num_bad += 1
             else:
                 num_good += 1
@@ -100,19 +150,53 @@ class Documents:
                 num_records = num_bad + num_good
                 logger.warning("%s: %d of %d records are bad and are left out; first, %s", self.name, num_bad, num_records, first)
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._lines.close()
+    def balance_labels(self) -> None:
+        """From now on a pass holds as many records of every label. Raises UserError for tasks and sources that cannot do that."""
+        if self.task.labels is None or not isinstance(self._records, Shuffled):
+            why = "its task has no labels" if self.task.labels is None else "it can only be read forwards"
+            raise UserError(
+                f"--balance-labels draws as many records of every label; {self.name}: {why}. Leave it out, or use another source."
+            )
+        groups: dict[str, list[int]] = {}
+        for number in self._records.numbers:
+            numbered = self._records.get(int(number))
+            if numbered is None:
+                continue
+            try:
+                label = self._example(numbered.record, None).label
+            except BadRecordError:
+                continue  # told or refused when its turn comes, or counted already
+            if label is not None:
+                groups.setdefault(label, []).append(int(number))
+        self._records.balance([np.array(groups[label], dtype=np.int64) for label in sorted(groups)])
 
-    def _leave_out(self, line_number: int, error: BadRecordError) -> None:
+    def fingerprint(self) -> str:
+        """Hex digits that tell whether the source is still the one a data position belongs to."""
+        return self._fingerprint
+
+    def leave_out(self, where: str, error: BadRecordError) -> None:
+        """A record that turned out to be bad: raises UserError where those are errors, else says so once and counts."""
         if self._on_bad_record == "error":
-            raise _bad_record(self.name, line_number, error) from error
+            raise _bad_record(where, error) from error
         if not self._first_skip_reported:
-            logger.warning("%s:%d: bad record left out, later ones are only counted: %s", self.name, line_number, error)
+            logger.warning("%s: bad record left out, later ones are only counted: %s", where, error)
             self._first_skip_reported = True
             self._num_skipped_unreported = 1
         elif self._num_skipped_unreported:
             self._num_skipped_unreported += 1
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._records.close()
+
+    def _example(self, record: Record | BadRecordError, drawn_at: tuple[int, int] | None) -> Example:
+        if isinstance(record, BadRecordError):
+            raise record
+        draw = Random(":".join(map(str, (*self._key, *drawn_at)))) if drawn_at is not None and self.task.draws else None
+        example = self.task.example(record, draw)
+        for piece in example.pieces:
+            check_characters(piece.text)
+        return example
 
     def _report_skipped(self) -> None:
         if self._num_skipped_unreported:
@@ -120,75 +204,50 @@ class Documents:
             self._num_skipped_unreported = 0
 
 
-def open_documents(path: str, *, seed: int, place: int, on_bad_record: OnBadRecord) -> Documents:
-    """Opens the data file that the user named, a local path or an http(s) address, as the task at this place of the list.
+def open_documents(spec: TaskSpec, tasks: Mapping[str, Task], *, seed: int, place: int, rules: ReadingRules | None = None) -> Documents:
+    """Opens the source of the task at this place of the list. tasks: by name (tasks.prompts.tasks_by_name).
 
-    Raises UserError for an unknown ending, a missing or unreadable file, no good record, and, unless bad records are left out, for
-    the first bad record among those checked here (see the top of this file).
+    Raises UserError for a source that is not there or of an unknown kind, for one without a good record, and, unless bad records are left
+    out, for the first bad record among those checked here (see the top of this file).
     """
-    local = _local_file(path)
-    documents: Documents | None = None
+    rules = rules or ReadingRules()
+    source = open_source(spec, has_header=rules.has_header)
+    key = (seed, place)
+    records: Ordered
+    if source.indexed is not None:
+        records = Shuffled(source.indexed, key=key, max_samples=rules.max_samples)
+    else:
+        assert source.forward is not None, "a source is one or the other"
+        window = rules.shuffle_window
+        records = Windowed(source.forward, name=spec.name, key=key, window_records=window, max_samples=rules.max_samples)
     try:
-        lines: Lines
-        if file_name_of(path).lower().endswith(".zst"):
-            lines = ZstLines(local, name=path, seed=seed, place=place)
-        else:
-            lines = PlainLines(local, seed=seed, place=place)
-        documents = Documents(lines, name=path, on_bad_record=on_bad_record)
-        documents.check(all_records=isinstance(lines, PlainLines) and lines.num_bytes <= CHECK_ALL_BYTES)
+        documents = Documents(
+            records,
+            name=spec.name,
+            num_bytes=source.num_bytes,
+            fingerprint=source.fingerprint(),
+            seed=seed,
+            place=place,
+            rules=rules,
+        )
+        documents.bind(tasks[spec.task])
+        documents.check(all_records=source.indexed is not None and source.num_bytes <= CHECK_ALL_BYTES)
+        if rules.balance_labels:
+            documents.balance_labels()
     except (OSError, UserError) as error:
-        if documents is not None:
-            documents.close()
+        records.close()
         if isinstance(error, UserError):
             raise
-        raise UserError(f"A data file must be readable; {path}: {error}. Correct the path or the file's permissions.") from error
+        raise UserError(f"A data file must be readable; {spec.name}: {error}. Correct the path or the file's permissions.") from error
     return documents
 
 
-def content_fingerprint(path: str) -> str:
-    """Hex digits that tell whether a data file is still the one a data position belongs to: sha256 over its size and its bytes,
-    of files above 256 MiB over a MiB at the beginning, the middle and the end. Raises UserError as open_documents does for a file
-    that is not there."""
-    local = _local_file(path)
-    try:
-        size = local.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with local.open("rb") as file:
-            if size <= max(CHECK_ALL_BYTES, 3 * FINGERPRINT_BYTES):
-                while block := file.read(FINGERPRINT_BYTES):
-                    digest.update(block)
-            else:
-                for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES):
-                    file.seek(start)
-                    digest.update(file.read(FINGERPRINT_BYTES))
-    except OSError as error:
-        raise UserError(f"A data file must be readable; {path}: {error}. Correct the path or the file's permissions.") from error
-    return digest.hexdigest()
-
-
-def _local_file(path: str) -> Path:
-    """The file on this machine that ``path`` means, downloaded if it is an address. Raises UserError."""
-    file_name = file_name_of(path).lower()
-    if not file_name.endswith(ENDINGS):
-        raise UserError(
-            f"A data file must end in one of {', '.join(ENDINGS)}, since the ending says its format; seen: {path!r}. Convert it to one "
-            'JSON object with a "text" string per line and name it so. (A weight is written behind the last colon: data.jsonl:0.3)'
-        )
-    local = download(path) if is_url(path) else Path(path).expanduser()
-    if not local.is_file():
-        kind = "a folder" if local.is_dir() else "no such file"
-        raise UserError(
-            f"A data file must exist on the machine that reads the data; {path} is {kind} (looked from {Path.cwd()}). Correct the path."
-        )
-    return local
-
-
-def _bad_record(name: str, line_number: int, error: BadRecordError) -> UserError:
-    return UserError(f"{name}:{line_number}: {RULE}; seen: {error}. Correct the line, or leave bad records out with --on-bad-record skip.")
+def _bad_record(where: str, error: BadRecordError) -> UserError:
+    return UserError(f"{where}: {RULE}; seen: {error}. Correct the record, or leave bad records out with --on-bad-record skip.")
 
 
 def _no_good_record(name: str, num_bad: int) -> UserError:
     seen = f"all of its {num_bad} records are bad" if num_bad else "it is empty or holds blank lines only"
     return UserError(
-        f"A data file must hold at least one record, and {RULE}; {name}: {seen}. Give a file with records, or take this one off the list."
+        f"A data source must hold at least one record, and {RULE}; {name}: {seen}. Give a file with records, or take this one off the list."
     )

@@ -10,7 +10,12 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import psutil, zstandard
-from tasks.mixture import Mixture, parse_task_list
+from tasks.encoding import Encoder
+from tasks.mixture import Mixture
+from tasks.packing import PackingRules
+from tasks.prompts import TaskOptions, tasks_by_name
+from tasks.readers import open_documents
+from tasks.task_list import parse_task_list
 
 folder = Path(sys.argv[1])
 content = "".join(json.dumps({"text": f"{n:06d}" + "x" * (40 + n % 120)}) + "\\n" for n in range(25_000)).encode()
@@ -19,7 +24,9 @@ content = "".join(json.dumps({"text": f"{n:06d}" + "x" * (40 + n % 120)}) + "\\n
 del content
 mixture = Mixture(
     tasks=parse_task_list(f"{folder / 'a.jsonl'},{folder / 'b.jsonl.zst'}"),
-    tokenize=lambda text: list(text.encode()), eos_token_id=256, seq_length=320, seed=0,
+    open_documents=lambda spec, place: open_documents(spec, tasks_by_name(TaskOptions()), seed=0, place=place),
+    encoder=Encoder(token_ids=lambda texts: [list(text.encode()) for text in texts], decode=str, eos_token_id=256),
+    rules=PackingRules(seq_length=320), seed=0,
 )
 rss = {}
 for number in range(1, 20_001):

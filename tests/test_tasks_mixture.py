@@ -1,18 +1,20 @@
-"""Promises of the task list, the draw and the mixture: shares of tokens, an order that nothing disturbs, resume at the very next token."""
+"""Promises of the draw and the mixture: shares of tokens, an order that nothing disturbs, resume at the very next token."""
 
 import json
 import math
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zstandard
+from packing_helpers import make_encoder, open_plainly
+from tasks.task_list import parse_task_list
 
-import tasks.lines
-from tasks.mixture import Mixture, draw_task, parse_task_list
-from tasks.packing import PackedSequence
+from tasks.mixture import Mixture, counted_by_task, draw_task
+from tasks.packing import PackedSequence, PackingRules
 from tasks.records import OnBadRecord
 from user_error import UserError
 
@@ -52,16 +54,17 @@ def make_mixture(
     seq_length: int = 16,
     seed: int = 3,
     on_bad_record: OnBadRecord = "error",
+    shuffle_window: int = 10_000,
     state: dict | None = None,
+    **rules: Any,
 ) -> Mixture:
     _made.append(
         Mixture(
             tasks=parse_task_list(task_list),
-            tokenize=tokenize,
-            eos_token_id=eos,
-            seq_length=seq_length,
+            open_documents=open_plainly(seed, on_bad_record, shuffle_window),
+            encoder=make_encoder(tokenize, eos=eos),
+            rules=PackingRules(seq_length=seq_length, **rules),
             seed=seed,
-            on_bad_record=on_bad_record,
             state=state,
         )
     )
@@ -74,50 +77,6 @@ def take(mixture: Mixture, num: int) -> Iterator[PackedSequence]:
 
 def same(a: PackedSequence, b: PackedSequence) -> bool:
     return a.task == b.task and np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.positions, b.positions)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a.jsonl", [("a.jsonl", 1.0)]),
-        ("a.jsonl:0.2,b.jsonl.zst:0.3,c.jsonl", [("a.jsonl", 0.2 / 1.5), ("b.jsonl.zst", 0.3 / 1.5), ("c.jsonl", 1 / 1.5)]),
-        ("a.jsonl:3, b.jsonl : 1", [("a.jsonl", 0.75), ("b.jsonl", 0.25)]),
-        ("http://host:8000/x.jsonl", [("http://host:8000/x.jsonl", 1.0)]),
-        ("http://host:8000/x.jsonl:0.3,https://h/y.jsonl.zst:0.1", [("http://host:8000/x.jsonl", 0.75), ("https://h/y.jsonl.zst", 0.25)]),
-        ("C:/data/a.jsonl,runs/12:30/b.jsonl:3", [("C:/data/a.jsonl", 0.25), ("runs/12:30/b.jsonl", 0.75)]),
-        ("a.jsonl:1,b.jsonl:0", [("a.jsonl", 1.0), ("b.jsonl", 0.0)]),
-        ("a.jsonl,a.jsonl,a.jsonl:2", [("a.jsonl", 0.25), ("a.jsonl", 0.25), ("a.jsonl", 0.5)]),
-        ("a.jsonl:1e308,b.jsonl:1e308,c.jsonl:0", [("a.jsonl", 0.5), ("b.jsonl", 0.5), ("c.jsonl", 0.0)]),
-    ],
-)
-def test_a_task_list_reads_as_paths_and_normalised_weights(text: str, expected: list[tuple[str, float]]) -> None:
-    specs = parse_task_list(text)
-    assert [spec.path for spec in specs] == [path for path, _ in expected]
-    assert [spec.weight for spec in specs] == pytest.approx([weight for _, weight in expected], rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("text", "seen"),
-    [
-        ("", "no path"),
-        ("a.jsonl,", "no path"),
-        ("a.jsonl,,b.jsonl", "no path"),
-        (":0.5", "no path"),
-        ("a.jsonl:-1", "is -1"),
-        ("a.jsonl:nan", "is nan"),
-        ("a.jsonl:inf,b.jsonl", "is inf"),
-        ("a.jsonl:0,b.jsonl:0", "all weights of 'a.jsonl:0,b.jsonl:0' are 0"),
-        ("a.jsonl:many", "'many' in 'a.jsonl:many' is not a number"),
-        ("a.jsonl:", "'' in 'a.jsonl:' is not a number"),
-    ],
-)
-def test_a_wrong_task_list_is_an_error_that_names_rule_value_and_cure(text: str, seen: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parse_task_list(text)
-    message = str(caught.value)
-    assert "path[:weight]" in message
-    assert seen in message
-    assert any(cure in message for cure in ("Remove", "Give", "Write"))
 
 
 def test_the_draw_is_the_same_for_ever() -> None:
@@ -159,17 +118,17 @@ def test_weights_are_shares_of_tokens_whatever_the_documents_lengths(tmp_path: P
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 50, 123])
-def test_a_resumed_mixture_goes_on_at_the_very_next_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+@pytest.mark.parametrize("rules", [{}, {"mode": "concat", "group": 5}, {"mode": "none"}], ids=str)
+def test_a_resumed_mixture_goes_on_at_the_very_next_token(tmp_path: Path, rules: dict[str, Any], stop: int) -> None:
     """A plain file three times in the list and a compressed one of several windows; documents from one id to several sequences."""
-    monkeypatch.setattr(tasks.lines, "WINDOW_RECORDS", 4)
     texts = [chr(97 + n) * (n * n) for n in range(11)]
     plain, packed = write_jsonl(tmp_path / "a.jsonl", texts), write_zst(tmp_path / "b.jsonl.zst", texts)
     task_list = f"{plain},{packed}:2,{plain},{plain}"
-    whole = make_mixture(task_list, seq_length=13)
+    whole = make_mixture(task_list, seq_length=13, shuffle_window=4, **rules)
     for _ in take(whole, stop):
         pass
     saved = json.loads(json.dumps(whole.state()))
-    resumed = make_mixture(task_list, seq_length=13, state=saved)
+    resumed = make_mixture(task_list, seq_length=13, shuffle_window=4, state=saved, **rules)
     assert resumed.state() == saved
     for _ in range(400):
         assert same(whole.next_sequence(), resumed.next_sequence())
@@ -189,6 +148,7 @@ def test_stops_in_the_middle_of_a_document_and_at_its_end_both_resume_exactly(tm
         "position": 0,
         "token_offset": 13,
         "tokens": 13,
+        "records": 1,
         "skipped_records": 0,
     }
     middle = make_mixture(str(path), seq_length=13, state=whole.state()).next_sequence()
@@ -226,6 +186,39 @@ def test_skipped_records_are_counted_in_the_state_and_across_a_resume(tmp_path: 
         skipped = mixture.state()["tasks"][0]["skipped_records"]
         assert skipped_before_third_pass <= 4 <= skipped <= 6
         assert mixture.tokens_per_task == [18]
+
+
+def test_what_is_peeked_at_comes_all_the_same_and_is_in_no_state(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["abc", "defgh", "i" * 40])
+    plain, peeked = make_mixture(f"{path},{path}"), make_mixture(f"{path},{path}")
+    before = peeked.state()
+    shown = peeked.peek(3)
+    assert len(shown) == 3
+    assert peeked.state() == before == plain.state()
+    assert same(shown[0], peeked.peek(1)[0])
+    for number in range(8):
+        sequence = plain.next_sequence()
+        assert same(sequence, peeked.next_sequence())
+        assert number >= 3 or same(sequence, shown[number])
+        assert peeked.state() == plain.state()
+
+
+def test_going_to_a_state_is_starting_from_it(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["abc", "defgh", "i" * 40])
+    mixture = make_mixture(str(path))
+    state, expected = mixture.state(), mixture.peek(4)[0]
+    mixture.next_sequence()
+    mixture.go_to(state)
+    assert same(mixture.next_sequence(), expected)
+
+
+def test_what_was_drawn_is_counted_by_task_and_by_place_where_a_name_repeats(tmp_path: Path) -> None:
+    a, b = write_jsonl(tmp_path / "a.jsonl", ["abc"]), write_jsonl(tmp_path / "b.jsonl", ["d" * 9])
+    mixture = make_mixture(f"{a},{b},{a}", seq_length=16, mode="none")
+    drawn = [sequence.task for sequence in take(mixture, 50)]
+    tokens = counted_by_task(mixture.state(), "tokens")
+    assert tokens == {str(a): 4 * drawn.count(0), str(b): 10 * drawn.count(1), f"{a} (2)": 4 * drawn.count(2)}
+    assert counted_by_task(mixture.state(), "records") == {str(a): drawn.count(0), str(b): drawn.count(1), f"{a} (2)": drawn.count(2)}
 
 
 def test_an_earlier_state_does_not_change_when_the_mixture_goes_on(tmp_path: Path) -> None:

@@ -1,52 +1,22 @@
-"""Promises of packing, on examples small enough to write out by hand."""
-
-import json
-from pathlib import Path
+"""Promises of --packing documents, on examples small enough to write out by hand."""
 
 import numpy as np
 import pytest
+from packing_helpers import EOS, letters, pack
 
 from modules.lm_ops import IGNORED_TARGET
-from tasks.packing import PackedSequence, TaskPacker, num_targets, targets_within_segments
-from tasks.readers import open_documents
-
-EOS = 0
+from tasks.packing import num_targets, targets_within_segments
 
 
-def pack(tmp_path: Path, texts: list[str], *, seq_length: int, num: int) -> list[PackedSequence]:
-    """Sequences of letters a = 1, b = 2, ...; the file is written such that its order in the first pass is that of `texts`."""
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    documents = open_documents(str(path), seed=0, place=0, on_bad_record="error")
-    order = [documents.next_good(0, position).text for position in range(len(texts))]
-    documents.close()
-    in_order = [""] * len(texts)
-    for position, text in enumerate(order):
-        in_order[texts.index(text)] = texts[position]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in in_order))
-    documents = open_documents(str(path), seed=0, place=0, on_bad_record="error")
-    assert [documents.next_good(0, position).text for position in range(len(texts))] == texts
-    packer = TaskPacker(
-        documents=documents,
-        tokenize=lambda text: [ord(letter) - ord("a") + 1 for letter in text],
-        eos_token_id=EOS,
-        seq_length=seq_length,
-        task=7,
-    )
-    sequences = [packer.next_sequence() for _ in range(num)]
-    documents.close()
-    return sequences
-
-
-def test_documents_end_with_eos_and_positions_restart_at_every_document(tmp_path: Path) -> None:
-    (sequence,) = pack(tmp_path, ["abc", "d", "ef"], seq_length=9, num=1)
+def test_documents_end_with_eos_and_positions_restart_at_every_document() -> None:
+    (sequence,) = pack("abc", "d", "ef", seq_length=9, num=1)
     assert sequence.token_ids.tolist() == [1, 2, 3, EOS, 4, EOS, 5, 6, EOS]
     assert sequence.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
     assert (sequence.token_ids.dtype, sequence.positions.dtype, sequence.task) == (np.int32, np.int32, 7)
 
 
-def test_a_document_that_does_not_fit_goes_on_in_the_next_sequence_from_position_0(tmp_path: Path) -> None:
-    first, second, third = pack(tmp_path, ["ab", "cdefghij", "kl"], seq_length=5, num=3)
+def test_a_document_that_does_not_fit_goes_on_in_the_next_sequence_from_position_0() -> None:
+    first, second, third = pack("ab", "cdefghij", "kl", seq_length=5, num=3)
     assert first.token_ids.tolist() == [1, 2, EOS, 3, 4]
     assert first.positions.tolist() == [0, 1, 2, 0, 1]
     assert second.token_ids.tolist() == [5, 6, 7, 8, 9]
@@ -55,16 +25,16 @@ def test_a_document_that_does_not_fit_goes_on_in_the_next_sequence_from_position
     assert third.positions.tolist() == [0, 1, 0, 1, 2]
 
 
-def test_a_document_may_end_with_its_sequence(tmp_path: Path) -> None:
-    first, second = pack(tmp_path, ["abcd", "efg", "h"], seq_length=5, num=2)
+def test_a_document_may_end_with_its_sequence() -> None:
+    first, second = pack("abcd", "efg", "h", seq_length=5, num=2)
     assert first.token_ids.tolist() == [1, 2, 3, 4, EOS]
     assert second.token_ids.tolist() == [5, 6, 7, EOS, 8]
     assert second.positions.tolist() == [0, 1, 2, 3, 0]
 
 
-def test_an_eos_alone_in_the_next_sequence_is_a_segment_of_its_own(tmp_path: Path) -> None:
+def test_an_eos_alone_in_the_next_sequence_is_a_segment_of_its_own() -> None:
     """Four ids and the EOS, cut between the two: the EOS has nothing before it in its sequence, so it is no target."""
-    first, second = pack(tmp_path, ["abcd", "efg"], seq_length=4, num=2)
+    first, second = pack("abcd", "efg", seq_length=4, num=2)
     assert first.token_ids.tolist() == [1, 2, 3, 4]
     assert second.token_ids.tolist() == [EOS, 5, 6, 7]
     assert second.positions.tolist() == [0, 0, 1, 2]
@@ -72,18 +42,18 @@ def test_an_eos_alone_in_the_next_sequence_is_a_segment_of_its_own(tmp_path: Pat
     assert num_targets(second.targets) == 2
 
 
-def test_an_empty_text_is_an_eos_alone(tmp_path: Path) -> None:
-    (sequence,) = pack(tmp_path, ["", "ab"], seq_length=4, num=1)
+def test_an_empty_text_is_an_eos_alone() -> None:
+    (sequence,) = pack("", "ab", seq_length=4, num=1)
     assert sequence.token_ids.tolist() == [EOS, 1, 2, EOS]
     assert sequence.positions.tolist() == [0, 0, 1, 2]
 
 
-def test_the_stream_loses_no_id_and_adds_none(tmp_path: Path) -> None:
+def test_the_stream_loses_no_id_and_adds_none() -> None:
     """Sequences laid end to end are the documents laid end to end, for every length of sequence."""
     texts = ["abcde", "f", "ghijklmnopq", "rs"]
-    stream = [number for text in texts for number in [*(ord(letter) - ord("a") + 1 for letter in text), EOS]]
+    stream = [number for text in texts for number in [*letters(text), EOS]]
     for seq_length in range(1, len(stream) + 1):
-        sequences = pack(tmp_path, texts, seq_length=seq_length, num=len(stream) // seq_length)
+        sequences = pack(*texts, seq_length=seq_length, num=len(stream) // seq_length)
         ids = np.concatenate([sequence.token_ids for sequence in sequences]).tolist()
         assert ids == stream[: len(ids)]
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packing_helpers import make_encoder, open_plainly
+from tasks.task_list import parse_task_list
 
 import tasks.readers
-from tasks.mixture import Mixture, parse_task_list
-from tasks.packing import num_targets
+from tasks.mixture import Mixture
+from tasks.packing import PackingRules, num_targets
 from tasks.prefetch import StepReader
 from user_error import UserError
 
@@ -49,9 +51,9 @@ def _close_what_a_test_made() -> Iterator[None]:
 def make_mixture(path: Path, *, tokenize: Tokenizer | None = None, seq_length: int = 10, state: dict | None = None) -> Mixture:
     mixture = Mixture(
         tasks=parse_task_list(f"{path},{path}:2"),
-        tokenize=tokenize or Tokenizer(),
-        eos_token_id=256,
-        seq_length=seq_length,
+        open_documents=open_plainly(2),
+        encoder=make_encoder(tokenize or Tokenizer(), eos=256),
+        rules=PackingRules(seq_length=seq_length),
         seed=2,
         state=state,
     )

@@ -1,33 +1,55 @@
 """From --tokenizer-name and --task-name to the reader of tokens, on rank 0, and what of them a resume must find unchanged."""
 
+import dataclasses
 import hashlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint.model_folder import resolve_model_folder
-from tasks.mixture import Mixture, parse_task_list
+from tasks.encoding import Encoder, LossOn
+from tasks.mixture import Mixture, OpenDocuments, counted_by_task
+from tasks.packing import PackingRules
 from tasks.prefetch import StepReader
-from tasks.readers import content_fingerprint
+from tasks.prompts import TaskOptions, tasks_by_name
+from tasks.readers import Documents, ReadingRules, open_documents
+from tasks.samples import as_text
+from tasks.task_list import TaskSpec, parse_task_list
 from training.config import Config
+from training.flags import flag_name
+from training.job_config import JobConfig, ReadingConfig
 from user_error import UserError
+
+log = logging.getLogger("trainer")
+
+# Flags that decide which tokens a sequence holds, besides the task list, its files and the tokenizer.
+_IDENTITY_FLAGS = (
+    *("seed", "seq_length", "on_bad_record", "text_column", "label_column", "classification_prompt"),
+    *("loss_on", "packing", "long_documents", "shuffle_window", "max_train_samples", "balance_labels"),
+)
+_TASK_MODULE, _GROUP = "contents of --task-module", "--packing-group"
+
+# What a checkpoint of a version without one of these flags was trained with.
+OLDER_IDENTITY = {_TASK_MODULE: None, _GROUP: None} | {
+    flag_name(field.name): field.default for field in dataclasses.fields(Config) if field.name in _IDENTITY_FLAGS
+}
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """A tokenizer as the packing needs it: text as it stands to ids, and the id that ends a document."""
+    """A tokenizer as packing needs it, where it came from, and hex digits that say which it is."""
 
-    encode: Callable[[str], list[int]]
-    eos_token_id: int
+    encoder: Encoder
     fingerprint: str
     folder: Path
 
 
-def load_text_encoder(config: Config, model_folder: Path, num_rows: int) -> TextEncoder:
+def load_text_encoder(config: JobConfig, model_folder: Path, num_rows: int, *, loss_on: LossOn) -> TextEncoder:
     """The tokenizer of --tokenizer-name, else of the model. Raises UserError: none there, no EOS, or more ids than the model has rows."""
     from transformers import AutoTokenizer  # at the point of use: half of a rank's start-up time, and only rank 0 tokenises
 
@@ -66,29 +88,16 @@ def load_text_encoder(config: Config, model_folder: Path, num_rows: int) -> Text
         backend.no_padding()
         definition = backend.to_str()
 
-    def encode(text: str) -> list[int]:
+    def token_ids(texts: Sequence[str]) -> list[list[int]]:
         if backend is None:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return list(backend.encode(text, add_special_tokens=False).ids)
+            return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    fingerprint = hashlib.sha256(definition.encode()).hexdigest()
-    return TextEncoder(encode=encode, eos_token_id=tokenizer.eos_token_id, fingerprint=fingerprint, folder=folder)
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-
-def data_identity(config: Config, encoder: TextEncoder) -> dict[str, Any]:
-    """What decides which tokens step n sees, by the name to tell the user. Files may move; what is in them may not change. Raises
-    UserError.
-    """
-    assert config.task_name is not None, "look_around requires it on rank 0"
-    tasks = parse_task_list(config.task_name)
-    return {
-        "--task-name": [f"{Path(task.path).name}:{task.weight:.12g}" for task in tasks],
-        "contents of the task files": [content_fingerprint(task.path)[:16] for task in tasks],
-        "--seed": config.seed,
-        "--seq-length": config.seq_length,
-        "--on-bad-record": config.on_bad_record,
-        "tokenizer": encoder.fingerprint[:16],
-    }
+    encoder = Encoder(token_ids=token_ids, decode=decode, eos_token_id=tokenizer.eos_token_id, loss_on=loss_on)
+    return TextEncoder(encoder=encoder, fingerprint=hashlib.sha256(definition.encode()).hexdigest(), folder=folder)
 
 
 def sequences_per_step(config: Config) -> int:
@@ -97,20 +106,107 @@ def sequences_per_step(config: Config) -> int:
     return config.batch_size * config.data_group_size * config.gradient_accumulate_step
 
 
-def open_mixture(config: Config, encoder: TextEncoder, state: dict[str, Any] | None) -> Mixture:
-    """The mixture of --task-name, at ``state`` or at its beginning. Raises UserError for bad lists, files and records."""
-    assert config.task_name is not None, "look_around requires it on rank 0"
-    return Mixture(
-        tasks=parse_task_list(config.task_name),
-        tokenize=encoder.encode,
-        eos_token_id=encoder.eos_token_id,
-        seq_length=config.seq_length,
-        seed=config.seed,
-        on_bad_record=config.on_bad_record,
-        state=state,
+def packing_rules(config: Config) -> PackingRules:
+    """How documents become sequences."""
+    return PackingRules(seq_length=config.seq_length, mode=config.packing, group=config.packing_group, long_documents=config.long_documents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """A task list, and how each of its places is opened."""
+
+    tasks: tuple[TaskSpec, ...]
+    open_documents: OpenDocuments
+
+
+def training_sources(config: Config) -> Sources:
+    """What --task-name says. Raises UserError for a bad list and for a task module that does not load."""
+    assert config.task_name is not None, "parse_config requires it on rank 0"
+    return sources_of(
+        config,
+        config.task_name,
+        ReadingRules(
+            on_bad_record=config.on_bad_record,
+            shuffle_window=config.shuffle_window,
+            max_samples=config.max_train_samples,
+            balance_labels=config.balance_labels,
+        ),
     )
 
 
+def sources_of(config: ReadingConfig, task_list: str, rules: ReadingRules) -> Sources:
+    """A task list, read as the flags say; ``rules`` holds what training and evaluation say apart. Runs --task-module. Raises UserError;
+    so does opening."""
+    options = TaskOptions(
+        text_column=config.text_column, label_column=config.label_column, classification_prompt=config.classification_prompt
+    )
+    tasks = tasks_by_name(options, config.task_module)
+    has_header = not any((column or "").isdigit() for column in (config.text_column, config.label_column))
+    rules = dataclasses.replace(rules, has_header=has_header)
+
+    def open_one(spec: TaskSpec, place: int) -> Documents:
+        return open_documents(spec, tasks, seed=config.seed, place=place, rules=rules)
+
+    return Sources(tasks=parse_task_list(task_list, more_tasks=tasks), open_documents=open_one)
+
+
+def data_identity(config: Config, encoder: TextEncoder, mixture: Mixture) -> dict[str, Any]:
+    """What decides which tokens step n sees, by the name to tell the user. Files may move; what is in them may not change. Raises
+    UserError.
+    """
+    return {
+        "--task-name": [_moved(task) for task in mixture.tasks],
+        "contents of the task files": [digits[:16] for digits in mixture.fingerprints()],
+        "tokenizer": encoder.fingerprint[:16],
+        _TASK_MODULE: None if config.task_module is None else _sha256_of_file(Path(config.task_module)),
+        _GROUP: config.packing_group if config.packing == "concat" else None,
+        **{flag_name(name): getattr(config, name) for name in _IDENTITY_FLAGS},
+    }
+
+
+def _moved(task: TaskSpec) -> str:
+    """A task of the list without the folder that its data lies in."""
+    name = "" if task.task == "records" else f"{task.task}="
+    return f"{name}{Path(task.source).name}{f'@{task.split}' if task.split else ''}:{task.weight:.12g}"
+
+
+def _sha256_of_file(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"--task-module must be a readable Python file; {path}: {error.strerror}. Correct the path") from error
+
+
+def open_mixture(config: Config, encoder: TextEncoder) -> Mixture:
+    """The mixture of --task-name, at its beginning. Raises UserError for bad lists, files and records."""
+    sources = training_sources(config)
+    return Mixture(
+        tasks=sources.tasks,
+        open_documents=sources.open_documents,
+        encoder=encoder.encoder,
+        rules=packing_rules(config),
+        seed=config.seed,
+    )
+
+
+def drawn_so_far(state: Mapping[str, Any] | None) -> dict[str, dict[str, int]]:
+    """What train_log.jsonl says of the data since the very first step, by task: tokens, padding not counted, and passes behind them. Empty
+    on ranks that have no data (``state`` is None)."""
+    if state is None:
+        return {}
+    return {"tokens_per_task": counted_by_task(state, "tokens"), "passes_per_task": counted_by_task(state, "pass")}
+
+
 def start_reader(config: Config, mixture: Mixture) -> StepReader:
-    """The background worker that tokenises ahead of the training."""
+    """The background worker that tokenises ahead of the training, which owns ``mixture`` from now on."""
+    _show_samples(mixture, config.show_samples)
     return StepReader(mixture, sequences_per_step=sequences_per_step(config))
+
+
+def _show_samples(mixture: Mixture, num: int) -> None:
+    """--show-samples: the next sequences, which the training will see all the same, as text with what is no target marked."""
+    if num:
+        log.info("the first %d sequences; what stands in << >> is read and not learnt", num)
+    for number, sequence in enumerate(mixture.peek(num), start=1):
+        name = mixture.task_names[sequence.task]
+        log.info("sequence %d of %d, from %s:\n%s", number, num, name, as_text(sequence, mixture.encoder.decode))

@@ -93,23 +93,9 @@ class GlobalGradient:
         )
 
     def _link(self, pair: PairGroups | None, peer_names: list[str], *, is_next: bool) -> Link | None:
-        if pair is None:
-            return None
-        peer = self._place.rank + (1 if is_next else -1)
-        activations, gradients = self._codecs
-        transport = make_transport(
-            send_group=pair.activations if is_next else pair.gradients,
-            recv_group=pair.gradients if is_next else pair.activations,
-            peer=peer,
-            device=self._device,
-        )
-        return ProcessGroupLink(
-            transport=transport,
-            send_codec=activations if is_next else gradients,
-            recv_codec=gradients if is_next else activations,
-            peer_in_words=peer_names[peer],
-            depth=min(self._depth(self._place.pp if is_next else self._place.pp - 1), transport.max_depth),
-        )
+        first_stage = self._place.pp if is_next else self._place.pp - 1
+        depth = self._depth(first_stage)
+        return link_to_neighbour(self._place, pair, self._codecs, self._device, peer_names, depth=depth, is_next=is_next)
 
     def _depth(self, first_stage: int) -> int:
         """Receives posted ahead on the link behind ``first_stage``: as many messages as may be under way on it at once."""
@@ -158,6 +144,17 @@ class GlobalGradient:
                     flat.mul_(factor)
         return decision
 
+    def evaluate(self, tokens: Tensor) -> Tensor:
+        """Collective over the ranks of a pipeline. tokens: (n, 3, T) int32 of this replica, as in compute(), n a multiple of the
+        micro-batch. Nothing is dropped, and nothing of what compute() finds later is changed, its report of the wire included.
+
+        Returns on the last stage of each sequence the sum of -log p of its targets, (n,) float64, elsewhere zeros. Raises PeerLost."""
+        losses = self._engine.evaluate(micro_batches_of(tokens, self._micro_batch_size, self._device))  # (M, B)
+        for link in (self._to_next, self._to_previous):
+            if link is not None:
+                link.pop_stats()
+        return losses.flatten()
+
     def _wire_sums(self) -> tuple[float, ...]:
         """Of this rank: bytes sent, then squared difference and square of the sampled activations, then of the gradients."""
         sums = [0.0] * 5
@@ -186,9 +183,51 @@ class GlobalGradient:
             first = (accumulation_step * self._place.dp_size + self._place.dp) * self._num_micro_batches  # as the data is dealt to replicas
             for number, piece in enumerate(batch.split(self._micro_batch_size), start=first):
                 draw = None if self._dropout_seed is None else Draw(seed=self._dropout_seed, step=step, micro_batch=number)
-                segments = Segments.from_positions(piece[:, 1], draw).to(self._device)
-                micro_batches.append(MicroBatch(piece[:, 0].long().to(self._device), segments, piece[:, 2].long().to(self._device)))
+                micro_batches.append(_micro_batch(piece, self._device, draw))
         return micro_batches
+
+
+def micro_batches_of(tokens: Tensor, micro_batch_size: int, device: torch.device) -> list[MicroBatch]:
+    """tokens (n, 3, T) int32 to micro-batches on ``device``, for forwards in which nothing is dropped."""
+    assert len(tokens) % micro_batch_size == 0, f"{len(tokens)} sequences are no whole number of micro-batches of {micro_batch_size}"
+    return [_micro_batch(piece, device) for piece in tokens.split(micro_batch_size)] if len(tokens) else []
+
+
+def _micro_batch(piece: Tensor, device: torch.device, draw: Draw | None = None) -> MicroBatch:
+    """Of (B, 3, T) int32."""
+    segments = Segments.from_positions(piece[:, 1], draw).to(device)
+    return MicroBatch(piece[:, 0].long().to(device), segments, piece[:, 2].long().to(device))
+
+
+def link_to_neighbour(
+    place: Place,
+    pair: PairGroups | None,
+    codecs: tuple[Codec, Codec],
+    device: torch.device,
+    peer_names: list[str],
+    *,
+    depth: int,
+    is_next: bool,
+) -> Link | None:
+    """This stage's link to the next stage or to the previous one; None where ``pair`` is, at an end of the pipeline. codecs: those of
+    wire_codecs. depth: receives posted ahead."""
+    if pair is None:
+        return None
+    peer = place.rank + (1 if is_next else -1)
+    activations, gradients = codecs
+    transport = make_transport(
+        send_group=pair.activations if is_next else pair.gradients,
+        recv_group=pair.gradients if is_next else pair.activations,
+        peer=peer,
+        device=device,
+    )
+    return ProcessGroupLink(
+        transport=transport,
+        send_codec=activations if is_next else gradients,
+        recv_codec=gradients if is_next else activations,
+        peer_in_words=peer_names[peer],
+        depth=min(depth, transport.max_depth),
+    )
 
 
 def wire_codecs(

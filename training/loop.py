@@ -24,7 +24,8 @@ from optim.schedule import LearningRate
 from training.assembly import WeightTaker, assemble_stage, import_packages, make_optimizer, step_companions, step_weights
 from training.collecting import load_stage_state
 from training.config import Config
-from training.data import sequences_per_step, start_reader
+from training.data import drawn_so_far, sequences_per_step, start_reader
+from training.epochs import with_total_steps
 from training.feed import StepFeed, TokenFeed
 from training.gradient import GlobalGradient, wire_report
 from training.job import Job
@@ -48,11 +49,12 @@ MEMORY_AFTER_UPDATES = 10  # by then a stage has needed all that it will
 
 def train(job: Job, config: Config, stop_request: StopRequest) -> None:
     """Run the job to its last step, or to where ``stop_request`` of any rank ends it. Called by all ranks. Raises UserError, PeerLost."""
-    assert config.checkpoint_path is not None, "parse_config requires it"
     with ExitStack() as cleanup:
         job.spans.enter_phase("preparing data and checkpoints")
         if config.profiling == "tidy_profiling" and job.place.rank == 0:
             check_trace_path(config.trace_file)
+        config = with_total_steps(job, config)
+        assert config.checkpoint_path is not None, "parse_config requires it"
         start, desk = agree(job, config, cleanup)
         if start.is_finished:
             if job.place.rank == 0:
@@ -221,7 +223,7 @@ class Trainer:
         self._data_before, self._data_position = self._data_position, feed.state
         self._last_feed = feed
         num_tokens = feed.tokens[:, :, 0].numel() * self._job.place.dp_size
-        wire = wire_report(decision)
+        wire, seconds = wire_report(decision), time.perf_counter() - started
         self._report.row(
             {
                 "step": self._step,
@@ -231,8 +233,10 @@ class Trainer:
                 "grad_norm": decision.grad_norm if math.isfinite(decision.grad_norm) else None,
                 "tokens": num_tokens,
                 "target_tokens": feed.num_targets,
-                "tokens_per_s": num_tokens / (time.perf_counter() - started),
+                "tokens_per_s": num_tokens / seconds,
                 "data_wait_s": feed.data_wait_s,
+                "data_wait_share": feed.data_wait_s / max(seconds, feed.data_wait_s),
+                **drawn_so_far(feed.state),
                 "save_stall_s": self._save_stall_s,
                 "wire_bytes": wire.num_bytes,
                 "wire_error": wire.activation_error,

@@ -8,18 +8,23 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from comms.rendezvous import parse_dist_url
 from optim.loss_scale import LARGEST as LARGEST_LOSS_SCALE
 from pipeline_parallel.partition import parse_stage_layers
 from training.assembly import lora_settings
 from training.config import Config
+from training.data_flags import data_problems
 from training.flags import flag_name, parse_flags, parse_known_flags
+from training.job_config import JobConfig
 from user_error import UserError
+
+AnyConfig = TypeVar("AnyConfig", bound=JobConfig)
 
 _AT_LEAST_ZERO = (
     *("warmup_steps", "checkpoint_steps", "keep_checkpoints", "cuda_id"),
+    *("evaluation_steps", "evaluation_num_batch", "show_samples"),
     *("lr", "min_lr", "weight_decay", "clip_grad_norm", "seed"),
 )
 _AT_LEAST_ONE = (
@@ -27,16 +32,28 @@ _AT_LEAST_ONE = (
     *("batch_size", "micro_batch_size", "gradient_accumulate_step", "total_steps"),
     *("logging_steps", "num_threads", "embedding_dim", "profiling_steps"),
     *("max_skipped_steps", "loss_scale_window", "loss_scale_hysteresis"),
+    *("max_train_samples", "max_eval_samples", "evaluation_batch_size", "evaluation_max_new_tokens", "packing_group", "shuffle_window"),
 )
 
 
 def parse_config(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
     """Flags (and --config FILE.yaml) to a Config whose grid and steps fit. Raises one UserError with every problem found."""
-    config = _fill_in(
-        parse_flags(Config, argv, "Fine-tune a causal language model over pipeline stages and replicas; start one process per device."),
-        environment,
-    )
-    problems = [*_missing(config), *_not_offered(config), *_out_of_range(config), *_not_trainable(config), *_not_fitting(config)]
+    about = "Fine-tune a causal language model over pipeline stages and replicas; start one process per device."
+    return complete(parse_flags(Config, argv, about), environment)
+
+
+def complete(config: Config, environment: Mapping[str, str] = os.environ) -> Config:
+    """``config`` with what can be left out filled in. Raises one UserError with every problem that its values have."""
+    config = fill_in(config, environment)
+    problems = [
+        *_missing(config),
+        *_not_offered(config),
+        *_out_of_range(config),
+        *_not_trainable(config),
+        *_not_fitting(config),
+        *data_problems(config),
+        *_not_evaluable(config),
+    ]
     if problems:
         listing = "".join(f"\n- {problem}" for problem in problems)
         raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{listing}")
@@ -50,14 +67,15 @@ def parse_meeting_point(argv: Sequence[str], environment: Mapping[str, str] = os
     """
     names = ("config", "rank", "world_size", "dist_url", "pipeline_group_size", "data_group_size", "rendezvous_timeout")
     try:
-        config = _fill_in(Config(**parse_known_flags(Config, argv, names)), environment)
+        config = fill_in(Config(**parse_known_flags(Config, argv, names)), environment)
         _ = config.door
     except UserError:
         return None
     return config
 
 
-def _fill_in(config: Config, environment: Mapping[str, str]) -> Config:
+def fill_in(config: AnyConfig, environment: Mapping[str, str]) -> AnyConfig:
+    """What the environment and the grid say where flags were left out. Raises UserError for an environment that says no numbers."""
     found: dict[str, Any] = {}
     for name, variable in (("rank", "RANK"), ("world_size", "WORLD_SIZE"), ("cuda_id", "LOCAL_RANK")):
         if getattr(config, name) is None and variable in environment:
@@ -73,15 +91,33 @@ def _fill_in(config: Config, environment: Mapping[str, str]) -> Config:
         world_size = found["world_size"] = stages * (replicas or 1)
     if replicas is None and stages >= 1 and world_size % stages == 0:
         found["data_group_size"] = world_size // stages
-    found["wire_dtype_grad"] = config.wire_dtype_grad or config.wire_dtype
+    if isinstance(config, Config):
+        found["wire_dtype_grad"] = config.wire_dtype_grad or config.wire_dtype
     return dataclasses.replace(config, **{"rank": config.rank or 0, "cuda_id": config.cuda_id or 0, **found})
 
 
 def _missing(config: Config) -> list[str]:
-    wanted = {"--model-name": config.model_name, "--checkpoint-path": config.checkpoint_path, "--total-steps": config.total_steps}
+    wanted = {"--model-name": config.model_name, "--checkpoint-path": config.checkpoint_path}
     if config.rank == 0:
         wanted["--task-name"] = config.task_name  # rank 0 alone reads data
+    wanted["--total-steps (or --num-train-epochs)"] = config.total_steps or config.num_train_epochs
     return [f"{name} is required; pass it or put it into --config" for name, value in wanted.items() if value is None or value == ""]
+
+
+def _not_evaluable(config: Config) -> list[str]:
+    """What evaluations while training need; rank 0 alone is given their data, so the others cannot miss it."""
+    problems = []
+    if config.rank == 0 and config.evaluation_data is None:
+        unread = ("evaluation_steps", "evaluation_metric", "evaluation_num_batch", "evaluation_batch_size", "max_eval_samples", "keep_best")
+        problems = [
+            f"{flag_name(field.name)} is for evaluations, and --evaluation-data names nothing to evaluate on. Leave it out, or add that"
+            for field in dataclasses.fields(Config)
+            if field.name in unread and getattr(config, field.name) != field.default
+        ]
+    size, micro = config.evaluation_batch_size, config.micro_batch_size
+    if size is not None and micro >= 1 and size % micro:
+        problems.append(f"--micro-batch-size must divide --evaluation-batch-size; {micro} does not divide {size}")
+    return problems
 
 
 def _not_offered(config: Config) -> list[str]:
@@ -94,26 +130,24 @@ def _not_offered(config: Config) -> list[str]:
     return [text for holds, text in rules if holds]
 
 
-def _out_of_range(config: Config) -> list[str]:
+def out_of_range(config: JobConfig, at_least_zero: Sequence[str], at_least_one: Sequence[str]) -> list[str]:
+    """Of the fields named, those whose value is less, or no number."""
     problems = []
-    for name in _AT_LEAST_ONE:
+    for name in at_least_one:
         value = getattr(config, name)
         if value is not None and value < 1:
-            problems.append(f"--{name.replace('_', '-')} must be at least 1; it is {value}")
-    for name in (
-        "warmup_steps",
-        "checkpoint_steps",
-        "keep_checkpoints",
-        "cuda_id",
-        "lr",
-        "min_lr",
-        "weight_decay",
-        "clip_grad_norm",
-        "seed",
-    ):
+            problems.append(f"{flag_name(name)} must be at least 1; it is {value}")
+    for name in at_least_zero:
         value = getattr(config, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
-            problems.append(f"--{name.replace('_', '-')} must be 0 or more; it is {value}")
+            problems.append(f"{flag_name(name)} must be 0 or more; it is {value}")
+    if not (config.rendezvous_timeout > 0 and math.isfinite(config.rendezvous_timeout)):
+        problems.append(f"--rendezvous-timeout must be above 0 seconds; it is {config.rendezvous_timeout}")
+    return problems
+
+
+def _out_of_range(config: Config) -> list[str]:
+    problems = out_of_range(config, _AT_LEAST_ZERO, _AT_LEAST_ONE)
     if not re.fullmatch(r"auto|[0-9]{1,4}", config.extra_warmup_forwards):
         problems.append(f"--extra-warmup-forwards must be auto or a whole number of 0 .. 9999; it is {config.extra_warmup_forwards!r}")
     if not config.resume.strip():
@@ -127,8 +161,6 @@ def _out_of_range(config: Config) -> list[str]:
             problems.append(f"--{name.replace('_', '-')} must be 0 or more and below 1; it is {getattr(config, name)}")
     if not (config.adam_eps > 0 and math.isfinite(config.adam_eps)):
         problems.append(f"--adam-eps must be above 0; it is {config.adam_eps}")
-    if not (config.rendezvous_timeout > 0 and math.isfinite(config.rendezvous_timeout)):
-        problems.append(f"--rendezvous-timeout must be above 0 seconds; it is {config.rendezvous_timeout}")
     if not 0 <= config.dropout < 1:
         problems.append(f"--dropout must be 0 or more and below 1; it is {config.dropout}")
     for name in ("loss_scale", "initial_loss_scale", "min_loss_scale"):

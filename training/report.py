@@ -117,7 +117,7 @@ class Report:
                 f"{row['tokens_per_s']:,.0f}",
                 _wire(row),
                 self._eta(),
-                "  SKIPPED: loss or gradient not finite" if row["skipped"] else "",
+                _waited(row) + ("  SKIPPED: loss or gradient not finite" if row["skipped"] else ""),
             )
 
     def _write_log(self) -> None:
@@ -167,6 +167,12 @@ def _wire(row: Mapping[str, Any]) -> str:
         return ""
     errors = [f"{kind} {row[key]:.2g}" for kind, key in (("activations", "wire_error"), ("gradients", "wire_error_grad")) if row[key]]
     return f"  wire {row['wire_bytes'] / 1e6:.3g} MB" + (f" (relative error: {', '.join(errors)})" if errors else "")
+
+
+def _waited(row: Mapping[str, Any]) -> str:
+    """Empty where the data is there in time, as it should be."""
+    share = row.get("data_wait_share", 0.0)
+    return f"  waited for data {share:.0%} of the time" if share >= 0.01 else ""
 
 
 def _number(value: float | None) -> str:

@@ -13,6 +13,7 @@ moments, data position) is what is saved, keyed by layer.
 import base64
 import json
 import logging
+import os
 import platform
 import threading
 import time
@@ -38,6 +39,7 @@ from user_error import UserError
 
 log = logging.getLogger("trainer")
 
+BEST_FILE = "best.json"
 STORE_PIECE_CHARS = 2**20  # a store takes no values of many MB
 
 
@@ -48,6 +50,15 @@ class SaveOptions:
     is_async: bool
     with_optimizer: bool
     keep: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """What --keep-best spares: the step whose evaluation was the best so far, by which number, and that number."""
+
+    step: int
+    metric: str
+    value: float
 
 
 class StepNotSaved(UserError):
@@ -85,9 +96,11 @@ class Saver:
             if self._has_room(layers):
                 self._host_copy.prepare(layers)
 
-    def save(self, step: int, position: int, trainer: Mapping[str, Any] | None, *, is_last: bool = False) -> float:
+    def save(
+        self, step: int, position: int, trainer: Mapping[str, Any] | None, *, is_last: bool = False, best: Best | None = None
+    ) -> float:
         """Save what has been trained up to ``step``, at ``position`` sequences; ``trainer`` is rank 0's. Returns the seconds that training
-        stood still. With --async-checkpoint writing goes on after that, unless it ``is_last``; a save that is still running is waited
+        stood still. ``best``: the step that --keep-best spares. With --async-checkpoint writing goes on after that, unless it ``is_last``; a save that is still running is waited
         for. Raises, on a later call, only what is no mere failure to write.
         """
         started = time.perf_counter()
@@ -109,6 +122,7 @@ class Saver:
             trainer=None if trainer is None else self._completed(step, position, trainer),
             companions=self._companions,
             keep=self._options.keep,
+            best=best,
             stood_still_s=time.perf_counter() - started if is_async else None,
         )
         if is_async:
@@ -187,6 +201,7 @@ class _StepSave:
     trainer: dict[str, Any] | None
     companions: Mapping[str, bytes]
     keep: int
+    best: Best | None
     stood_still_s: float | None  # of the training, before the writing; None: as long as it takes
 
     def run(self) -> None:
@@ -215,6 +230,7 @@ class _StepSave:
             if place.rank == 0:
                 log.error("error: the checkpoint of step %d was not written, those before it stay. %s", step, error)
             raise
+        self._name_best()
         removed = self._remove_old()
         if place.rank == 0:
             size = sum(record["size"] for records in wrote.values() for record in records)
@@ -224,9 +240,24 @@ class _StepSave:
             written = f"{tqdm.format_sizeof(size, 'B')} in {seconds:.1f} s"
             log.info("saved %s (%s; training stood still %s%s)", self.writer.final, written, still, old)
 
+    def _name_best(self) -> None:
+        """Behind the commit, so that best.json never names a step that does not exist."""
+        if self.best is None:
+            return
+        try:
+            unnamed = self.writer.root / f".{BEST_FILE}"
+            unnamed.write_text(json.dumps(asdict(self.best)) + "\n")
+            os.replace(unnamed, self.writer.root / BEST_FILE)
+        except OSError as error:
+            log.warning("%s could not be written: %s; step %d is the best so far", BEST_FILE, error.strerror, self.best.step)
+
     def _remove_old(self) -> list[str]:
         try:
-            return remove_old_steps(self.writer.root, self.writer.final, self.keep) if self.keep else []
+            return (
+                remove_old_steps(self.writer.root, self.writer.final, self.keep, spared=str(self.best.step) if self.best else None)
+                if self.keep
+                else []
+            )
         except (UserError, OSError) as error:
             log.warning("old checkpoints could not be removed (--keep-checkpoints): %s", error)
             return []

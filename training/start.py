@@ -29,7 +29,7 @@ from checkpoint.tensor_file import explained_disk_errors
 from tasks.mixture import Mixture
 from training.assembly import base_fingerprint, check_same_training
 from training.config import Config
-from training.data import TextEncoder, data_identity, load_text_encoder, open_mixture, sequences_per_step
+from training.data import OLDER_IDENTITY, TextEncoder, data_identity, load_text_encoder, open_mixture, sequences_per_step
 from training.flags import flag_name
 from training.folders import Folders, find_folders, remove_tokens
 from training.job import Job, all_say
@@ -242,8 +242,10 @@ def _agree_on_base(job: Job, config: Config, point: ResumePoint | None) -> str |
 
 def _open_desk(job: Job, config: Config, start: Start, token: str, base: str | None, cleanup: ExitStack) -> ReadingDesk:
     """On rank 0. Raises UserError for tokenizers, data and batches that do not fit, and says what a resume changes."""
-    encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size)
-    identity = data_identity(config, encoder)
+    encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size, loss_on=config.loss_on)
+    mixture = open_mixture(config, encoder)
+    cleanup.callback(mixture.close)
+    identity = data_identity(config, encoder, mixture)
     state, probe = None, None
     if start.point is not None:
         state, probe = _data_position(config, start.point, identity)
@@ -251,8 +253,7 @@ def _open_desk(job: Job, config: Config, start: Start, token: str, base: str | N
             log.warning("this resume cannot be verified: the weights were rounded to their files (--checkpoint-optimizer false)")
             state, probe = start.point.trainer["data"], None
         _say_what_changed(job, config, start, start.point)
-    mixture = open_mixture(config, encoder, state)
-    cleanup.callback(mixture.close)
+    mixture.go_to(state)
     return ReadingDesk(
         encoder=encoder, mixture=mixture, position=mixture.state(), identity=identity, probe=probe, run_token=token, base_model=base
     )
@@ -267,7 +268,7 @@ def _data_position(config: Config, point: ResumePoint, identity: Mapping[str, An
             f"{saved} sequences per optimizer step, now there are {now}. Set them so that the product is {saved}, or pass "
             "--allow-batch-change to go on from the same place in the data"
         )
-    before: dict[str, Any] = point.trainer["data_identity"]
+    before: dict[str, Any] = {**OLDER_IDENTITY, **point.trainer["data_identity"]}
     differing = [f"{key}: then {before.get(key)!r}, now {value!r}" for key, value in identity.items() if before.get(key) != value]
     if differing and not config.allow_data_change:
         raise UserError(

@@ -1,0 +1,146 @@
+"""The task list: what --task-name and --evaluation-data say, taken apart.
+
+    [TASK=]SOURCE[@SPLIT][:WEIGHT],...      mnli=/data/mnli.jsonl:0.3,"odd,name.jsonl":0.2,hf:glue/mnli@train,cot:0.1
+
+An item may be a TASK alone: its data then lies at the task's default path. Quotes (" or ') keep commas, colons and @ for the source. The
+weight is what stands behind the last colon, if that is a number, so that addresses with ports need no quotes. Nothing is opened here.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from tasks.download import is_url
+from tasks.examples import Task
+from tasks.prompts import default_path, known_tasks
+from user_error import UserError
+
+RULE = (
+    "The task list must read [TASK=]SOURCE[@SPLIT][:WEIGHT],[TASK=]SOURCE[@SPLIT][:WEIGHT],..., with weights >= 0 of which one at least is "
+    "above 0"
+)
+PLAIN_TASK = "records"  # of sources that name none
+HF = "hf:"
+
+_ITEM = re.compile(r"""(?:[^,"']|"[^"]*"|'[^']*')*""")
+_TASK = re.compile(r"([A-Za-z_][\w-]*)=(.*)", re.DOTALL)
+_SPLIT = re.compile(r"(.+)@([\w.-]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """One item of the list. weight: its share of the sequences (all shares add up to 1; 0 means never drawn)."""
+
+    source: str
+    weight: float
+    task: str = PLAIN_TASK
+    split: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As a user would write it, less the weight."""
+        prefix = "" if self.task == PLAIN_TASK else f"{self.task}="
+        return f"{prefix}{self.source}{'' if self.split is None else f'@{self.split}'}"
+
+
+def parse_task_list(text: str, more_tasks: Mapping[str, Task] | None = None) -> tuple[TaskSpec, ...]:
+    """The items, weights normalised to shares; a missing weight is 1. more_tasks: those of a --task-module. A weight of 0 keeps an item in
+    the list, where it is opened and checked but never drawn. A source may stand in the list several times; each place reads it in an order
+    of its own. Raises UserError."""
+    known = {**{name: default_path(name) for name in known_tasks()}, **{name: own.default_path for name, own in (more_tasks or {}).items()}}
+    items = [_parse(item.strip(), text, known) for item in _items(text)]
+    largest = max(item.weight for item in items)
+    if largest == 0:
+        raise UserError(f"{RULE}; all weights of {text!r} are 0. Give one task at least a weight above 0.")
+    scaled = [item.weight / largest for item in items]  # so that not even weights near the largest float add up to infinity
+    total = math.fsum(scaled)
+    return tuple(
+        TaskSpec(source=item.source, weight=weight / total, task=item.task, split=item.split)
+        for item, weight in zip(items, scaled, strict=True)
+    )
+
+
+def join_items(items: Iterable[object]) -> str:
+    """A list of items (from YAML) as one text. An item that holds a comma and no quotes is taken for a source with odd characters."""
+    return ",".join(_quoted(str(item)) for item in items)
+
+
+def _quoted(item: str) -> str:
+    if "," not in item or '"' in item or "'" in item:
+        return item
+    head, colon, tail = item.rpartition(":")
+    return f'"{head}":{tail}' if colon and _number(tail) is not None else f'"{item}"'
+
+
+def _items(text: str) -> list[str]:
+    """Split at the commas outside of quotes."""
+    items, at = [], 0
+    while True:
+        found = _ITEM.match(text, at)
+        assert found is not None, "the pattern matches nothing at all as well"
+        items.append(found.group())
+        at = found.end()
+        if at >= len(text):
+            return items
+        if text[at] != ",":
+            raise UserError(f"{RULE}; a quote in {text!r} is not closed. Close it, or put the source into the other kind of quotes.")
+        at += 1
+
+
+def _parse(item: str, text: str, known: Mapping[str, str | None]) -> TaskSpec:
+    if not item:
+        raise UserError(f"{RULE}; an item of {text!r} has no source. Remove the stray comma, or name a file there.")
+    item, weight = _without_weight(item)
+    task, source = PLAIN_TASK, item
+    named = _TASK.fullmatch(item)
+    if named and not is_url(item):
+        if named[1] in known:
+            task, source = named[1], named[2].strip()
+        elif not named[2].startswith(("=", "&")):
+            raise UserError(
+                f"There is no task {named[1]!r} (in {item!r}). Tasks are: {', '.join(known)}; a path with = in it needs quotes."
+            )
+    elif item in known:
+        path = known[item]
+        if path is None:
+            raise UserError(f"Task {item!r} has no default path for its data. Name it, as in {item}=/data/{item}.jsonl.")
+        task, source = item, path
+    source, split = _without_split(source)
+    if not source:
+        raise UserError(f"{RULE}; {item!r} in {text!r} has no source. Name a file there.")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise UserError(f"{RULE}; the weight in {item!r} is {weight:g}. Give a finite number that is not negative.")
+    return TaskSpec(source=source, weight=weight, task=task, split=split)
+
+
+def _without_weight(item: str) -> tuple[str, float]:
+    head, colon, tail = item.rpartition(":")
+    if not colon or not head.strip():
+        return item, 1.0
+    weight = _number(tail)
+    if weight is not None:
+        return head.strip(), weight
+    looks_complete = re.search(r"""\.(jsonl|json|csv|tsv|parquet|zst|gz)$|["']$""", head.lower())
+    if looks_complete and not re.search(r"[/\\.]", tail) and not is_url(item.partition("=")[2] or item):
+        raise UserError(f"{RULE}; {tail!r} in {item!r} is not a number. Write a weight such as {head}:0.3")
+    return item, 1.0
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _without_split(source: str) -> tuple[str, str | None]:
+    """SOURCE and SPLIT; quotes are taken off. An @ in an address belongs to the address unless that is quoted."""
+    if source[:1] in ('"', "'"):
+        quote = source[0]
+        inner, _, rest = source[1:].partition(quote)
+        if rest and not rest.startswith("@"):
+            raise UserError(f"{RULE}; behind the closing quote of {source!r} stands {rest!r}. Write @SPLIT or :WEIGHT there, or nothing.")
+        return inner, rest[1:] or None
+    found = None if is_url(source) else _SPLIT.fullmatch(source)
+    return (found[1], found[2]) if found and "/" not in found[2] else (source, None)

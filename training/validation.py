@@ -1,0 +1,152 @@
+"""Evaluations inside the training: loss and generated answers of the running stages, on all ranks alike, without a trace in the training.
+
+Rank 0 has the data and judges the answers; every rank gets the same few numbers, by which all decide alike whether this step is the best
+so far. The steps that follow have the bits they would have had without an evaluation.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.tensor_file import explained_disk_errors
+from modules.stage import Stage
+from pipeline_parallel.decode import Decoder
+from tasks.encoding import Encoder
+from tasks.evaluation_set import EvaluationSet, Prompt
+from tasks.metrics import Counts, judge, perplexity
+from tasks.packing import PackingRules, num_targets
+from training.config import Config
+from training.evaluator import Evaluator
+from training.gradient import GlobalGradient
+from training.job import Job
+from training.saving import Best
+
+log = logging.getLogger("trainer")
+
+LOG_FILE = "evaluation_log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Equal on all ranks. loss: mean of -log p (nats) over all target tokens. counts: of the answers, None where none were generated."""
+
+    loss: float
+    num_targets: int
+    counts: Counts | None = None
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    @property
+    def accuracy(self) -> float | None:
+        return None if self.counts is None else self.counts.accuracy
+
+    def is_better_than(self, best: Best | None) -> bool:
+        """By accuracy where there is one, else by loss; an equal one is not better, so the earliest of equals stays."""
+        if best is None:
+            return math.isfinite(self.loss)
+        now = self.as_best(0)
+        assert now.metric == best.metric, "a run that resumes with another metric forgets its best"
+        return now.value > best.value if now.metric == "accuracy" else now.value < best.value
+
+    def as_best(self, step: int) -> Best:
+        """What --keep-best stores of this evaluation of ``step``."""
+        if self.accuracy is not None:
+            return Best(step=step, metric="accuracy", value=self.accuracy)
+        return Best(step=step, metric="loss", value=self.loss)
+
+    def row(self, step: int) -> dict[str, Any]:
+        """A line of evaluation_log.jsonl, and what Weights & Biases gets."""
+        judged = {} if self.counts is None else {"accuracy": self.counts.accuracy, **asdict(self.counts)}
+        own = {"loss": self.loss, "perplexity": self.perplexity, "target_tokens": self.num_targets}
+        return {"step": step, **own, **judged, "seconds": self.seconds}
+
+    def __str__(self) -> str:
+        judged = "" if self.counts is None else f"  {self.counts}"
+        numbers = f"loss {self.loss:.4f}  perplexity {self.perplexity:.4g}  ({self.num_targets:,} target tokens)"
+        return f"{numbers}{judged}  in {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationData:
+    """On rank 0: what is evaluated, and how it becomes tokens."""
+
+    records: EvaluationSet
+    encoder: Encoder
+    rules: PackingRules
+
+
+class Validation:
+    """The evaluations of one run. Called by all ranks alike; ``data`` is rank 0's."""
+
+    def __init__(
+        self, job: Job, config: Config, gradient: GlobalGradient, decoder: Decoder | None, data: ValidationData | None, root: Path
+    ) -> None:
+        """Raises UserError on rank 0 for records that cannot be judged."""
+        self._config, self._data, self._path = config, data, root / LOG_FILE
+        self._batch_size = config.evaluation_batch_size or config.batch_size
+        self._is_rank_0 = job.place.rank == 0
+        self._num_replicas = job.place.dp_size
+        self._evaluator = Evaluator(job, gradient, decoder, batch_size=self._batch_size)
+        self._prompts: list[Prompt] | None = None
+        self._max_new_tokens = config.evaluation_max_new_tokens
+        if data is not None and config.evaluation_metric == "accuracy":
+            self._prompts = data.records.prompts(data.encoder, max_length=job.model_config.num_positions - self._max_new_tokens)
+            if config.evaluation_num_batch:
+                del self._prompts[config.evaluation_num_batch * self._batch_size * self._num_replicas :]
+
+    def run(self, step: int) -> Evaluation:
+        """Evaluate the stages as they are after ``step``, and write down what came of it."""
+        started = time.perf_counter()
+        loss, targets = self._loss()
+        counts = self._counts() if self._config.evaluation_metric == "accuracy" else None
+        found = Evaluation(loss=loss, num_targets=targets, counts=counts, seconds=time.perf_counter() - started)
+        if self._is_rank_0:
+            log.info("evaluation at step %d: %s", step, found)
+            with explained_disk_errors(self._path), self._path.open("a") as file:
+                file.write(json.dumps(found.row(step)) + "\n")
+        return found
+
+    def _loss(self) -> tuple[float, int]:
+        num_targets_of: list[int] = []
+
+        def counted() -> Any:
+            assert self._data is not None, "only rank 0 reads"
+            limit = self._config.evaluation_num_batch * self._batch_size * self._num_replicas or None
+            for planes in islice(self._data.records.sequences(self._data.encoder, self._data.rules), limit):
+                num_targets_of.append(num_targets(planes[2]))
+                yield planes
+
+        losses = self._evaluator.losses(counted() if self._data is not None else None)
+        total = self._evaluator.agree(sum(num_targets_of))
+        return math.fsum(losses.tolist()) / max(1, total), total
+
+    def _counts(self) -> Counts:
+        """Judged on rank 0, told to all."""
+        asked = None if self._prompts is None else [prompt.ids for prompt in self._prompts]
+        eos_token_id = 0 if self._data is None else self._data.encoder.eos_token_id
+        generated = self._evaluator.answers(asked, max_new_tokens=self._max_new_tokens, eos_token_id=eos_token_id)
+        counts = Counts(right=0, wrong=0, badly_formed=0)
+        if self._prompts is not None and self._data is not None:
+            verdicts = [
+                judge(
+                    prompt.example.task.answer(self._data.encoder.decode(one.ids)),
+                    prompt.example.expected,
+                    prompt.example.task.labels,
+                    ended=one.ended,
+                )
+                for prompt, one in zip(self._prompts, generated, strict=True)
+            ]
+            counts = Counts.of(verdicts)
+        return Counts(**{name: self._evaluator.agree(value) for name, value in asdict(counts).items()})
