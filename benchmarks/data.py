@@ -4,8 +4,9 @@
 
 (1) Tokens per core-second of the whole chain, from the file to packed sequences, on one thread, against the tokenizers library's own
     encode_batch_fast on the same texts, in runs that take turns; with prompts masked, for which those are tokenised too, against the
-    library on texts and prompts. (2) Growth of the resident memory from 10,000 sequences to --sequences of them. (3) Seconds until the first sequence
-    after a resume in the middle of a pass, for a plain and for a compressed file.
+    library on texts and prompts.
+(2) Growth of the resident memory from 10,000 sequences to --sequences of them.
+(3) Seconds until the first sequence after a resume in the middle of a pass, for a plain and for a compressed file.
 """
 
 import argparse
@@ -23,14 +24,13 @@ from bench import machine, spread, turning
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread, as the reader of a training has
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tasks.task_list import parse_task_list
-
 from tasks.encoding import Encoder, LossOn
 from tasks.examples import Example
 from tasks.mixture import Mixture, OpenDocuments
 from tasks.packing import PackingRules
 from tasks.prompts import TaskOptions, tasks_by_name
 from tasks.readers import open_documents
+from tasks.task_list import parse_task_list
 
 
 class Tokens:

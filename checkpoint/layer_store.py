@@ -175,8 +175,8 @@ def set_aside(folder: Path) -> Path:
 
 
 def remove_old_steps(root: Path, newest: Path, keep: int, *, spared: str | None = None) -> list[str]:
-    """Delete the steps before ``newest``, which has just been committed, but for ``keep`` - 1 of them and for the one of the name ``spared``,
-    and return their names.
+    """Delete the steps before ``newest``, which has just been committed, but for ``keep`` - 1 of them and for the one of the name
+    ``spared``, and return their names.
 
     What does not say its position is left alone. Each is renamed before it is deleted: a job killed meanwhile leaves half a step under a
     name that is none.

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from modules.dropout import SeededDropout, name_dropouts
 from modules.families import FAMILIES
 from modules.kv_cache import KeyValueCache
-from modules.lm_ops import LayerNorm, Segments, best_of_each_row, chunked_cross_entropy, losses_of_tokens, rotary_table
+from modules.lm_ops import IGNORED_TARGET, LayerNorm, Segments, best_of_each_row, chunked_cross_entropy, losses_of_tokens, rotary_table
 from modules.model_config import ModelConfig
 from modules.quantized import QuantizedLinear
 
@@ -165,9 +165,14 @@ class Stage(nn.Module):
     @torch.no_grad()
     def row_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Of every sequence of the last stage's hidden (B, T, C) the sum of -log p of its targets (B, T) int64: (B,) float64."""
-        normed = self.final_norm(hidden).flatten(0, 1)  # (B*T, C)
+        is_target = targets != IGNORED_TARGET  # (B, T)
         weight, bias, quantized = self._head_parts()
-        return losses_of_tokens(normed, weight, bias, targets.flatten(), quantized_head=quantized).view(targets.shape).sum(1)
+        losses = torch.zeros(targets.shape, dtype=torch.float64, device=hidden.device)
+        # the head costs most, and of prompts with a label few positions have a target
+        losses[is_target] = losses_of_tokens(
+            self.final_norm(hidden[is_target]), weight, bias, targets[is_target], quantized_head=quantized
+        ).double()
+        return losses.sum(1)
 
     @torch.no_grad()
     def next_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -165,7 +165,8 @@ class Decoder:
             if len(prompt) + max_new_tokens > num_positions:
                 raise UserError(
                     f"a prompt and what is generated must fit into the model's {num_positions} positions; {where} has {len(prompt)} "
-                    f"tokens, and {max_new_tokens} more are asked for. Shorten the prompt, or ask for fewer (--max-new-tokens)"
+                    f"tokens, and {max_new_tokens} more are asked for. Shorten the prompt, or ask for fewer "
+                    "(--max-new-tokens; in a training --evaluation-max-new-tokens)"
                 )
             if not 0 <= min(prompt) <= max(prompt) < num_ids:
                 raise UserError(

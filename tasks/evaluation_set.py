@@ -123,7 +123,8 @@ class EvaluationSet:
         for example, ids in zip(self.examples, encoder.token_ids(texts), strict=True):
             if not ids:
                 raise UserError(
-                    f"{example.where}: a prompt must come to at least one token; {example.example.prompt!r} comes to none. Correct the record"
+                    f"{example.where}: a prompt must come to at least one token; {example.example.prompt!r} comes to none. "
+                    "Correct the record"
                 )
             num_cut += len(ids) > max_length
             found.append(Prompt(example=example, ids=ids[-max_length:]))
@@ -152,7 +153,8 @@ class EvaluationSet:
         for example, label, encoded in rows:
             if int(encoded.is_target[:-1].sum()) >= length:
                 raise UserError(
-                    f"{example.where}: a label and a token before it must fit into --seq-length; {label!r} has {encoded.is_target[:-1].sum()} "
+                    f"{example.where}: a label and a token before it must fit into --seq-length; {label!r} has "
+                    f"{encoded.is_target[:-1].sum()} "
                     f"tokens, and {length} fit. Use longer sequences, or shorter labels"
                 )
         num_cut = sum(len(encoded.ids) - 1 > length for _, _, encoded in rows)

@@ -165,7 +165,8 @@ def whole_json(path: Path, name: str) -> IndexedSequence | None:
             return None
         if file.seek(0, 2) > MAX_WHOLE_BYTES:
             raise UserError(
-                f"A .json file that is one array or object is read as a whole, up to {MAX_WHOLE_BYTES // 2**30} GiB; {name} is larger. Write "
+                f"A .json file that is one array or object is read as a whole, up to {MAX_WHOLE_BYTES // 2**30} GiB; {name} is "
+                "larger. Write "
                 "it as .jsonl, one object per line."
             )
         file.seek(0)

@@ -106,7 +106,8 @@ class McNemar:
         total = self.both_right + self.only_first + self.only_second + self.neither
         first, second = self.both_right + self.only_first, self.both_right + self.only_second
         return (
-            f"A {first} of {total} right ({first / max(1, total):.2%}), B {second} of {total} ({second / max(1, total):.2%}); only A right: "
+            f"A {first} of {total} right ({first / max(1, total):.2%}), B {second} of {total} ({second / max(1, total):.2%}); "
+            "only A right: "
             f"{self.only_first}, only B right: {self.only_second}; McNemar's exact test: p = {self.p_value:.3g}"
         )
 

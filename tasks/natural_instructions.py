@@ -1,9 +1,9 @@
 """Natural Instructions (Mishra et al. 2022, arXiv:2104.08773; Wang et al. 2022, arXiv:2204.07705): definitions with many instances.
 
-A folder holds tasks/*.json and splits/default/train_tasks.txt, which names those to train on; a folder of such JSON files, or one file, does
-too. A record is an instance. A document of the training is a page: an instance and others of its task drawn beside it, behind the task's
-definition (in two of three pages) and its possible labels (in half of those of tasks with few), in changing notation, so that a model reads
-instructions as well as examples. In an evaluation it is the definition and the one instance. Every output is to be learnt.
+A folder holds tasks/*.json and splits/default/train_tasks.txt, which names those to train on; a folder of such JSON files, or one file,
+does too. A record is an instance. A document of the training is a page: an instance and others of its task drawn beside it, behind the
+task's definition (in two of three pages) and its possible labels (in half of those of tasks with few), in changing notation, so that a
+model reads instructions as well as examples. In an evaluation it is the definition and the one instance. Every output is to be learnt.
 
 Files are parsed when an instance of theirs is asked for, and the last ones kept.
 """

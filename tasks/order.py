@@ -1,7 +1,7 @@
 """In which order records come: every pass another, fixed for ever by (seed, place of the task, pass) and the file.
 
-Records that can be had by number are shuffled as a whole, and any place in any pass is found at once. Sources that can only be read forwards
-are shuffled inside windows; to enter a pass in the middle their bytes are read again up to there, without a look into them.
+Records that can be had by number are shuffled as a whole, and any place in any pass is found at once. Sources that can only be read
+forwards are shuffled inside windows; to enter a pass in the middle their bytes are read again up to there, without a look into them.
 
 Shuffling must give the same order under every numpy that will ever resume a run. numpy promises that only for the legacy RandomState,
 whose streams NEP 19 froze; the newer Generator may change between releases.

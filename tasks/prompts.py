@@ -56,8 +56,8 @@ class TaskOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainTask:
-    """A BoundTask made of functions. read: from generated text to an answer; left out: its first line for tasks with labels, else all of it,
-    stripped."""
+    """A BoundTask made of functions. read: from generated text to an answer; left out: its first line for tasks with labels, else all of
+    it, stripped."""
 
     make: Callable[[Record], Example]
     labels: tuple[str, ...] | None = None
@@ -240,7 +240,8 @@ def _column(record: Record, asked: str | None, names: Sequence[str], what: str) 
     found = next((column for name in names for column in record if str(column).strip().lower() == name), None)
     if found is None:
         raise UserError(
-            f"task classification needs a column of {what}s named {', '.join(names)}; the file has {forms.named_fields(record)}. Name it with "
+            f"task classification needs a column of {what}s named {', '.join(names)}; the file has {forms.named_fields(record)}. "
+            "Name it with "
             f"--{what}-column (by number, from 1, if the file has no header)"
         )
     return found

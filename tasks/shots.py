@@ -36,7 +36,8 @@ class Shots:
         self._by_label = [groups[label] for label in sorted(groups)]
         if num_shots >= len(pool):
             raise UserError(
-                f"--num-shots must be below the number of examples to show; it is {num_shots}, and there are {len(pool)}. Give fewer shots, or "
+                f"--num-shots must be below the number of examples to show; it is {num_shots}, and there are {len(pool)}. Give "
+                "fewer shots, or "
                 "another --shots-from"
             )
 
@@ -54,7 +55,8 @@ class Shots:
             shots += [group.pop() for group in groups if group]
         if len(shots) < self._num_shots:
             raise UserError(
-                f"--num-shots {self._num_shots} needs as many examples other than the asked one; there are {len(shots)}. Give fewer shots, or "
+                f"--num-shots {self._num_shots} needs as many examples other than the asked one; there are {len(shots)}. Give "
+                "fewer shots, or "
                 "another --shots-from"
             )
         shown = shots[: self._num_shots]

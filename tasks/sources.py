@@ -1,8 +1,8 @@
 """From what the user wrote as a source to its records: files of many kinds, folders and globs of them, addresses, datasets of the hub.
 
-Promises: a source is read by its ending alone, never guessed from its content (but for .json, which may be one array, one object, or lines);
-a folder's files come in the order of their names. Parquet is pyarrow's to read and ``hf:`` the datasets library's (optional packages,
-imported when such a source is named); both are read forwards.
+Promises: a source is read by its ending alone, never guessed from its content (but for .json, which may be one array, one object, or
+lines); a folder's files come in the order of their names. Parquet is pyarrow's to read and ``hf:`` the datasets library's (optional
+packages, imported when such a source is named); both are read forwards.
 """
 
 import glob
@@ -144,7 +144,8 @@ def _open_file(path: Path, name: str, *, has_header: bool) -> Indexed | Forward:
     kind = _kind(name)
     if kind is None:
         raise UserError(
-            f"A data file must be of one of the kinds {READABLE}, since the ending says its format; seen: {name!r}. Convert it, and name it "
+            f"A data file must be of one of the kinds {READABLE}, since the ending says its format; seen: {name!r}. Convert it, "
+            "and name it "
             "so. (A weight is written behind the last colon: data.jsonl:0.3)"
         )
     ending, is_packed = kind
@@ -176,7 +177,8 @@ def _open_table(path: Path, name: str, delimiter: str, *, has_header: bool, is_p
     doubled = sorted({column for column in columns if columns.count(column) > 1})
     if doubled:
         raise UserError(
-            f"{name}:1: the columns of a table must have different names; there are several {', '.join(map(repr, doubled))} (or the file has "
+            f"{name}:1: the columns of a table must have different names; there are several {', '.join(map(repr, doubled))} (or "
+            "the file has "
             "no header: then name columns by number)."
         )
     parse = table_parser(columns, delimiter)
@@ -262,7 +264,8 @@ def _dataset_loader(spec: TaskSpec, path: str, config: str | None, split: str) -
             except Exception as error:  # of the network, the hub, a script or a split: types of their own each
                 if number == len(tries):
                     raise UserError(
-                        f"An hf: source is hf:OWNER/NAME[/CONFIG][@SPLIT] and must be loadable by the datasets library; {spec.source}@{split}: "
+                        "An hf: source is hf:OWNER/NAME[/CONFIG][@SPLIT] and must be loadable by the datasets library; "
+                        f"{spec.source}@{split}: "
                         f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. Check name, split and network."
                     ) from error
         raise AssertionError("the last try returns or raises")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from harness import log_rows, train
 from packing_helpers import make_encoder, open_plainly
-from tasks.task_list import parse_task_list
 
 from tasks.packing import PackingRules
+from tasks.task_list import parse_task_list
 from training.config import Config
 from training.data import OLDER_IDENTITY
 from training.data_flags import data_problems

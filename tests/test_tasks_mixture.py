@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import zstandard
 from packing_helpers import make_encoder, open_plainly
-from tasks.task_list import parse_task_list
 
 from tasks.mixture import Mixture, counted_by_task, draw_task
 from tasks.packing import PackedSequence, PackingRules
 from tasks.records import OnBadRecord
+from tasks.task_list import parse_task_list
 from user_error import UserError
 
 EOS = 256

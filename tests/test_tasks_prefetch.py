@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packing_helpers import make_encoder, open_plainly
-from tasks.task_list import parse_task_list
 
 import tasks.readers
 from tasks.mixture import Mixture
 from tasks.packing import PackingRules, num_targets
 from tasks.prefetch import StepReader
+from tasks.task_list import parse_task_list
 from user_error import UserError
 
 

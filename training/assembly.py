@@ -103,14 +103,15 @@ def make_optimizer(config: Config, stage: Stage, precision: Precision) -> AdamW:
 class WeightTaker:
     """Where the weights of a model folder go, by their stored names."""
 
-    def __init__(self, stage: Stage, optimizer: AdamW) -> None:
+    def __init__(self, stage: Stage, optimizer: AdamW | None) -> None:
+        """optimizer: None where nothing is trained."""
         self._optimizer = optimizer
         whole = meta_stage(stage.config, stage.first, stage.last)
         self.shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}  # of what a folder must hold for this stage
         self._parameters = {stored_name(name): parameter for name, parameter in stage.named_parameters()}
         parts = quantized_parts(stage)
         self._fill: dict[str, Callable[[Tensor, str], None]] = {f"{stored_name(name)}.weight": part.fill_ for name, part in parts.items()}
-        self._trained = set(optimizer.masters())
+        self._trained = set() if optimizer is None else set(optimizer.masters())
 
     @torch.no_grad()
     def take(self, name: str, values: Tensor) -> None:
@@ -118,7 +119,7 @@ class WeightTaker:
         and would be quantised."""
         if self._parameters[name].dtype == torch.float16:
             _check_fits_fp16(name, values)
-        if name in self._trained:
+        if self._optimizer is not None and name in self._trained:
             self._optimizer.assign(name, values)
         elif name in self._fill:
             self._fill[name](values, name)

@@ -59,7 +59,8 @@ class Config(ReadingConfig):
 
     task_name: str | None = flag(
         None,
-        "what to train on: SOURCE[:WEIGHT],... or a YAML list of those. A source is a file (.jsonl, .json, .csv, .tsv, .parquet, also .zst), "
+        "what to train on: SOURCE[:WEIGHT],... or a YAML list of those. A source is a file (.jsonl, .json, .csv, .tsv, .parquet, "
+        "also .zst), "
         "a folder, a glob, a URL, hf:DATASET[/CONFIG]@SPLIT, or TASK=SOURCE for one of the tasks in docs/tasks.md; weights are token "
         "shares, 1.0 where left out, normalised. Read by rank 0 alone; required there",
         group=DATA,

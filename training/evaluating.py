@@ -5,7 +5,10 @@ be evaluated, and only then weights are loaded. Adapters are computed beside the
 """
 
 import dataclasses
+import itertools
 import logging
+import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -21,16 +24,17 @@ from checkpoint.manifest import step_positions
 from checkpoint.model_folder import load_weights, read_json_object, resolve_model_folder
 from comms.place import place_of
 from modules.families import read_model_config
-from modules.quantized import quantized_parts
-from modules.stage import Stage, meta_stage, stored_name
-from pipeline_parallel.decode import Decoder, Generated
-from tasks.evaluation_set import EvaluationSet, LabelRow, Prompt
-from tasks.metrics import Counts, Verdict, confusion, import_sklearn_metrics, judge, perplexity
+from modules.lm_ops import IGNORED_TARGET
+from modules.stage import Stage, stored_name
+from pipeline_parallel.decode import Generated
+from tasks.evaluation_set import EvaluationExample, EvaluationSet, LabelRow, Prompt
+from tasks.metrics import Confusion, Counts, Verdict, confusion, import_sklearn_metrics, judge, perplexity
 from tasks.packing import PackingRules, num_targets
+from tasks.readers import ReadingRules
 from tasks.shots import Shots
-from training.assembly import assemble_stage
+from training.assembly import WeightTaker, assemble_stage
 from training.config import Config
-from training.data import TextEncoder, load_text_encoder, open_sources
+from training.data import TextEncoder, load_text_encoder, sources_of
 from training.evaluation_config import EvalConfig
 from training.evaluation_results import Answers, EvaluationResults, check_drawable
 from training.evaluator import Evaluator
@@ -43,36 +47,228 @@ from user_error import UserError
 
 log = logging.getLogger("trainer")
 
+PROMPT_BATCHES = 16  # batches of prompts between two movements of the progress bar
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Desk:
-    """What rank 0 alone has."""
+    """What rank 0 alone has. length: of the sequences that go through the stages."""
 
     encoder: TextEncoder
     records: EvaluationSet
     prompts: list[Prompt]
     label_rows: list[LabelRow]
-    sequences: list[np.ndarray]
+    length: int
 
 
-def evaluate_rank(config: EvalConfig) -> EvaluationResults:
-    """One rank of an evaluation, from meeting the others to parting; its numbers alike on all ranks, its examples on rank 0. Raises
-    UserError, PeerLost."""
+def evaluate_rank(config: EvalConfig) -> EvaluationResults | None:
+    """One rank of an evaluation, from meeting the others to parting: what was found, on rank 0. Raises UserError, PeerLost."""
     assert config.rank is not None and config.data_group_size is not None, "complete_eval filled these in"
     set_up_logging(f"rank{config.rank}")
-    job_config, adapter = _subject(config)
     started = time.perf_counter()
+    job_config, adapter = _subject(config)
     with meet(job_config) as job, ExitStack() as cleanup:
         set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
         job.spans.enter_phase("preparing the evaluation")
-        seq_length = min(config.seq_length or job.model_config.num_positions, job.model_config.num_positions)
-        desk = _open_desk(job, config, seq_length) if job.place.rank == 0 else None
-        seq_length = int(all_say(job, job.store, "evaluation length", _longest(desk, seq_length))[0] or seq_length)
+        desk = _open_desk(job, config, cleanup) if job.place.rank == 0 else None
+        length = int(all_say(job, job.store, "evaluation length", None if desk is None else desk.length)[0])
         job.spans.enter_phase("loading weights")
         stage = _load(job, job_config, adapter)
         job.spans.enter_phase("evaluating")
-        stages = ForwardOnly(job, stage, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, seq_length=seq_length)
+        stages = ForwardOnly(job, stage, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, seq_length=length)
         cleanup.callback(stages.close)
-        evaluator = Evaluator(job, stages, stages.decoder(config.batch_size), batch_size=config.batch_size)
-        found = _run(config, evaluator, desk, is_rank_0=job.place.rank == 0)
-        return dataclasses.replace(found, seconds=time.perf_counter() - started)
+        decoder = stages.decoder(config.batch_size) if "accuracy" in config.metrics else None
+        evaluator = Evaluator(job, stages, decoder, batch_size=config.batch_size)
+        found = _Run(config, evaluator, desk).results()
+    if found is None:
+        return None
+    return dataclasses.replace(found, model=str(config.model_name), seconds=time.perf_counter() - started)
+
+
+def _subject(config: EvalConfig) -> tuple[Config, Adapter | None]:
+    """What --model-name means: a model; an adapter, and with it the model it says it belongs to; or the newest step of a training."""
+    assert config.model_name is not None, "complete_eval requires it"
+    job_config = config.for_job()
+    folder = Path(config.model_name).expanduser()
+    steps = newest_in_sight([step_positions(folder)])
+    if steps and not (folder / "config.json").exists():
+        log.info("%s is a training; its newest step, %s, is evaluated", folder, steps[0])
+        folder = folder / steps[0]
+        job_config = dataclasses.replace(job_config, model_name=str(folder))
+    if not is_adapter_folder(folder):
+        return job_config, None
+    base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"an adapter must say to which model it belongs (base_model_name_or_path); {folder} does not. Merge it first")
+    model_config = read_model_config(read_json_object(resolve_model_folder(base, weights=False) / "config.json"))
+    adapter = read_adapter(folder, model_config)
+    log.info("%s is an adapter of %s", folder, base)
+    trained: dict[str, Any] = {"train": "layernorm"}
+    if adapter.lora is not None:
+        targets = ",".join(adapter.lora.target_modules)
+        alpha = adapter.scaling * adapter.lora.rank
+        trained = {"train": "lora", "lora_rank": adapter.lora.rank, "lora_alpha": alpha, "lora_target_modules": targets}
+    return dataclasses.replace(job_config, model_name=base, **trained), adapter
+
+
+def _open_desk(job: Job, config: EvalConfig, cleanup: ExitStack) -> _Desk:
+    """On rank 0, before any weight is read. Raises UserError for data that cannot be evaluated as asked, and packages that are missing."""
+    assert config.evaluation_data is not None, "complete_eval requires it on rank 0"
+    if config.confusion_png is not None:
+        check_drawable()
+    num_positions = job.model_config.num_positions
+    if config.seq_length is not None and config.seq_length > num_positions:
+        raise UserError(
+            f"--seq-length must not exceed the model's positions; it is {config.seq_length}, config.json says {num_positions}. "
+            "Use that or less"
+        )
+    encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size, loss_on=config.loss_on)
+    sources = sources_of(
+        config, config.evaluation_data, ReadingRules(on_bad_record=config.on_bad_record, max_samples=config.max_eval_samples)
+    )
+    documents = [sources.open_documents(spec, place) for place, spec in enumerate(sources.tasks)]
+    for opened in documents:
+        cleanup.callback(opened.close)
+    records = EvaluationSet(documents)
+    if config.num_shots:
+        shots = Shots(_pool(config, records), num_shots=config.num_shots, seed=config.seed, balanced=config.balance_shots)
+        records = EvaluationSet(documents, prepare=shots.in_front_of)
+    if {"accuracy", "labels"} & set(config.metrics) and records.labels is not None:
+        import_sklearn_metrics()
+    length = config.seq_length or num_positions
+    prompts = records.prompts(encoder.encoder, max_length=length - config.max_new_tokens) if "accuracy" in config.metrics else []
+    rows = records.label_rows(encoder.encoder, max_length=length) if "labels" in config.metrics else []
+    if "perplexity" not in config.metrics:
+        length = rows[0].planes.shape[1] if rows else config.micro_batch_size + 1
+    return _Desk(encoder=encoder, records=records, prompts=prompts, label_rows=rows, length=length)
+
+
+def _pool(config: EvalConfig, records: EvaluationSet) -> list[Any]:
+    """The examples that few-shot prompts show."""
+    if config.shots_from is None:
+        return [example.example for example in records.examples]
+    sources = sources_of(config, config.shots_from, ReadingRules(on_bad_record=config.on_bad_record))
+    found = []
+    for place, spec in enumerate(sources.tasks):
+        documents = sources.open_documents(spec, place)
+        found += [document.example for document in documents.in_order()]
+        documents.close()
+    return found
+
+
+def _load(job: Job, config: Config, adapter: Adapter | None) -> Stage:
+    stage = assemble_stage(config, job.model_config, job.cut[job.place.pp], job.device, precision_of(config, job.device))
+    taker = WeightTaker(stage, None)
+    load_weights(job.model, taker.shapes, taker.take)
+    if adapter is not None:
+        with torch.no_grad():
+            for name, parameter in stage.named_parameters():
+                if stored_name(name) in adapter.weights:
+                    parameter.copy_(adapter.read(stored_name(name)))
+    return stage.requires_grad_(False)
+
+
+class _Run:
+    """The metrics that were asked for, one after the other. Called by all ranks alike; ``desk`` is rank 0's."""
+
+    def __init__(self, config: EvalConfig, evaluator: Evaluator, desk: _Desk | None) -> None:
+        self._config, self._evaluator, self._desk = config, evaluator, desk
+        self._rows: list[dict[str, Any]] = [_about(example) for example in desk.records.examples] if desk is not None else []
+
+    def results(self) -> EvaluationResults | None:
+        """On rank 0 all that was found."""
+        loss = self._loss() if "perplexity" in self._config.metrics else None
+        generated = self._generated() if "accuracy" in self._config.metrics else None
+        likeliest = self._likeliest() if "labels" in self._config.metrics else None
+        if self._desk is None:
+            return None
+        found = EvaluationResults(
+            model="", num_examples=len(self._desk.records.examples), accuracy=generated, labels=likeliest, examples=self._rows
+        )
+        if loss is None:
+            return found
+        return dataclasses.replace(found, loss=loss[0], perplexity=perplexity(loss[0]), target_tokens=loss[1])
+
+    def _loss(self) -> tuple[float, int]:
+        rules = PackingRules(
+            seq_length=self._desk.length if self._desk else 2, mode=self._config.packing, long_documents=self._config.long_documents
+        )
+        targets: list[int] = []
+
+        def counted(desk: _Desk) -> Iterator[np.ndarray]:
+            for planes in desk.records.sequences(desk.encoder.encoder, rules):
+                targets.append(num_targets(planes[2]))
+                yield planes
+
+        with self._progress(None, "sequences") as bar:
+            losses = self._evaluator.losses(None if self._desk is None else counted(self._desk), on_progress=bar.update)
+        return math.fsum(losses.tolist()) / max(1, sum(targets)), sum(targets)
+
+    def _generated(self) -> Answers | None:
+        desk = self._desk
+        prompts = desk.prompts if desk is not None else []
+        num = self._evaluator.agree(len(prompts))
+        step = PROMPT_BATCHES * self._config.batch_size * (self._config.data_group_size or 1)
+        found: list[Generated] = []
+        with self._progress(num, "answers") as bar:
+            for start in range(0, num, step):
+                asked = None if desk is None else [prompt.ids for prompt in prompts[start : start + step]]
+                eos = 0 if desk is None else desk.encoder.encoder.eos_token_id
+                found += self._evaluator.answers(asked, max_new_tokens=self._config.max_new_tokens, eos_token_id=eos)
+                bar.update(min(step, num - start))
+        if desk is None:
+            return None
+        answers, verdicts = [], []
+        for prompt, one, row in zip(prompts, found, self._rows, strict=True):
+            task, text = prompt.example.task, desk.encoder.encoder.decode(one.ids)
+            answers.append(task.answer(text))
+            verdicts.append(judge(answers[-1], prompt.example.expected, task.labels, ended=one.ended))
+            row |= {"generated": text, "answer": answers[-1], "verdict": verdicts[-1], "ended": one.ended}
+            row |= {"margin": one.margin if math.isfinite(one.margin) else None}
+        return self._judged(answers, verdicts)
+
+    def _likeliest(self) -> Answers | None:
+        desk = self._desk
+        rows = desk.label_rows if desk is not None else []
+        planes = None if desk is None else (_padded(row.planes, desk.length, desk.encoder.encoder.eos_token_id) for row in rows)
+        with self._progress(self._evaluator.agree(len(rows)), "labels") as bar:
+            losses = self._evaluator.losses(planes, on_progress=bar.update).tolist()
+        if desk is None:
+            return None
+        answers, verdicts = [], []
+        by_example = itertools.groupby(zip(rows, losses, strict=True), key=lambda pair: pair[0].example.number)
+        for (_, pairs), row in zip(by_example, self._rows, strict=True):
+            scored = [(label_row, -loss) for label_row, loss in pairs]
+            best = max(scored, key=lambda pair: pair[1])[0]
+            answers.append(best.label)
+            verdicts.append(judge(best.label, best.example.expected, best.example.task.labels))
+            row |= {"label_log_likelihoods": {label_row.label: value for label_row, value in scored}}
+            row |= {"likeliest": best.label, "label_verdict": verdicts[-1]}
+        return self._judged(answers, verdicts)
+
+    def _judged(self, answers: Sequence[str], verdicts: Sequence[Verdict]) -> Answers:
+        assert self._desk is not None, "on rank 0"
+        records = self._desk.records
+        found: Confusion | None = None
+        if records.labels is not None:
+            found = confusion([example.expected for example in records.examples], answers, records.labels)
+        return Answers(counts=Counts.of(verdicts), confusion=found)
+
+    def _progress(self, total: int | None, unit: str) -> "tqdm[Any]":
+        is_shown = self._desk is not None and sys.stderr.isatty()
+        return tqdm(total=total, unit=f" {unit}", disable=not is_shown, file=sys.stderr, dynamic_ncols=True)
+
+
+def _about(example: EvaluationExample) -> dict[str, Any]:
+    """The beginning of a line of --output."""
+    has_answer = any(piece.is_target for piece in example.example.pieces) and bool(example.example.prompt)
+    asked = {"prompt": example.example.prompt, "expected": example.expected} if has_answer else {}
+    return {"id": example.number, "record": example.fingerprint, "where": example.where, "source": example.source, **asked}
+
+
+def _padded(planes: np.ndarray, length: int, eos_token_id: int) -> np.ndarray:
+    """(3, T) to (3, length): the rest is a segment of padding."""
+    rest = length - planes.shape[1]
+    padding = np.array([[eos_token_id], [0], [IGNORED_TARGET]], dtype=np.int32).repeat(rest, axis=1)
+    padding[1] = np.arange(rest)
+    return np.concatenate((planes, padding), axis=1)

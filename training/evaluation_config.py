@@ -37,7 +37,8 @@ class EvalConfig(ReadingConfig):
     )
     metric: str = flag(
         "perplexity",
-        "one or more of perplexity, accuracy, labels, with commas. perplexity: of all target tokens; accuracy: of answers generated greedily; "
+        "one or more of perplexity, accuracy, labels, with commas. perplexity: of all target tokens; accuracy: of answers "
+        "generated greedily; "
         "labels: of the label that the model finds likeliest, the log-likelihoods of all its tokens added up",
         group=EVALUATION,
     )
@@ -85,9 +86,8 @@ class EvalConfig(ReadingConfig):
     def for_job(self) -> Config:
         """What the rooms that training and evaluation share are told."""
         shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(ReadingConfig)}
-        if self.seq_length is not None:
-            shared["seq_length"] = self.seq_length
-        return Config(**shared, batch_size=self.batch_size, micro_batch_size=self.micro_batch_size)
+        shortest = 2  # rank 0 finds the length from the data, and checks it then
+        return Config(**shared, seq_length=shortest, batch_size=self.batch_size, micro_batch_size=self.micro_batch_size)
 
 
 def parse_eval_config(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> EvalConfig:
@@ -139,7 +139,8 @@ def _not_fitting(config: EvalConfig) -> list[str]:
 
 if __name__ == "__main__":
     print(
-        "# Flags of dist_clm_eval.py\n\nMade by `python -m training.evaluation_config > docs/evaluation_flags.md`. Any of them can stand in "
+        "# Flags of dist_clm_eval.py\n\nMade by `python -m training.evaluation_config > docs/evaluation_flags.md`. Any of them "
+        "can stand in "
         "`--config FILE.yaml` by name.\n"
     )
     print(describe_flags(EvalConfig), end="")

@@ -2,6 +2,7 @@
 models on the same examples."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,10 +61,16 @@ class EvaluationResults:
             lines.append(f"{name}: {answers.counts}")
             if answers.confusion is not None:
                 lines += [f"macro-F1 {answers.confusion.macro_f1:.4f}", *_shown(answers.confusion)]
-        ties = sum(example.get("margin", 1.0) < TIE for example in self.examples)
+        ties = sum(_margin(example) < TIE for example in self.examples)
         if ties:
             lines.append(f"{ties} answers hang on two logits less than {TIE:g} apart; other machines may answer those otherwise")
         return "\n".join(lines)
+
+
+def _margin(example: dict[str, Any]) -> float:
+    """Between the two best logits where they were nearest; of what nothing was generated for, none."""
+    found = example.get("margin")
+    return math.inf if found is None else float(found)
 
 
 def _shown(confusion: Confusion) -> list[str]:
@@ -140,7 +147,8 @@ def compare(files: str) -> McNemar:
     if records[0] != records[1]:
         place = next((i for i, pair in enumerate(zip(*records, strict=False)) if pair[0] != pair[1]), min(map(len, records)))
         raise UserError(
-            f"--compare needs the same records in the same order; {names[0]} has {len(first)} and {names[1]} {len(second)}, and they differ from "
+            f"--compare needs the same records in the same order; {names[0]} has {len(first)} and {names[1]} {len(second)}, and "
+            "they differ from "
             f"line {place + 1} on. Evaluate both models on the same data with the same --max-eval-samples and --seed"
         )
     return mcnemar([row[key] == "right" for row in first], [row[key] == "right" for row in second])

@@ -35,10 +35,11 @@ from training.plan import PipelinePlan, agree_on_plan
 from training.precision import precision_of
 from training.replicas import check_replicas_alike
 from training.report import Report
-from training.saving import SaveOptions, Saver
+from training.saving import Best, SaveOptions, Saver
 from training.start import ReadingDesk, Start, agree, claim_folder
 from training.stopping import StopRequest
 from training.tracing import TidyProfiler, check_trace_path
+from training.validation import start_validation
 from training.verifying import check_probe, make_probe
 from user_error import UserError
 
@@ -116,6 +117,11 @@ class Trainer:
             weights=step_weights(config, job.model, job.model_config),
             companions=None if desk is None else step_companions(config, job.model, job.model_config, desk.encoder.folder),
         )
+        self._validation = start_validation(
+            job, config, self._gradient, self._stage, desk.validation if desk is not None else None, self._root
+        )
+        saved_best = start.point.trainer.get("best") if start.point is not None else None
+        self._best = Best(**saved_best) if config.keep_best and saved_best else None
         self._save_stall_s = 0.0  # of the saves since the last row
         self._reader = start_reader(config, desk.mixture) if desk is not None else None
         self._feed = TokenFeed(
@@ -172,6 +178,8 @@ class Trainer:
     def close(self) -> None:
         """Stop the reader and the links, end the progress line."""
         self._gradient.close()
+        if self._validation is not None:
+            self._validation.close()
         if self._reader is not None:
             self._reader.close()
         self._report.close()
@@ -254,8 +262,10 @@ class Trainer:
         every = self._config.checkpoint_steps
         if every and not decision.skip:
             self._saver.prepare()
-        if every and self._step // every > before // every:
-            self._save(is_last=self._optimizer_step >= self._num_updates)
+        is_last = self._optimizer_step >= self._num_updates
+        is_best = self._evaluate() if self._validation and self._validation.is_due(before, self._step, is_last=is_last) else False
+        if is_best or (every and self._step // every > before // every):
+            self._save(is_last=is_last)
         if self._skipped_in_a_row >= self._config.max_skipped_steps:
             self._saver.wait()
             self._job.wait_for_all()  # rank 0 may still be committing a checkpoint
@@ -265,6 +275,17 @@ class Trainer:
                 "data, and start again from the newest checkpoint"
             )
         return decision
+
+    def _evaluate(self) -> bool:
+        """Whether this step is the best so far, for --keep-best."""
+        assert self._validation is not None, "only then it is due"
+        with self._job.spans.span("evaluating"):
+            found = self._validation.run(self._step)
+        self._report.evaluation(found.row(self._step), self._optimizer_step)
+        if not (self._config.keep_best and found.is_better_than(self._best)):
+            return False
+        self._best = found.as_best(self._step)
+        return True
 
     def _say_memory(self) -> None:
         from training.memory import describe, predict_stage  # what it needs of torch takes a second to import
@@ -323,8 +344,9 @@ class Trainer:
                     "learning_rate": dataclasses.asdict(self._learning_rate),
                     "flags": dataclasses.asdict(self._config),
                     "probe": probe,
+                    "best": None if self._best is None else dataclasses.asdict(self._best),
                 }
-            stall_s = self._saver.save(self._step, self._position, trainer, is_last=is_last)
+            stall_s = self._saver.save(self._step, self._position, trainer, is_last=is_last, best=self._best)
         self._save_stall_s += stall_s
         self._saved_step = self._step
 

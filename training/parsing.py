@@ -97,7 +97,7 @@ def fill_in(config: AnyConfig, environment: Mapping[str, str]) -> AnyConfig:
 
 
 def _missing(config: Config) -> list[str]:
-    wanted = {"--model-name": config.model_name, "--checkpoint-path": config.checkpoint_path}
+    wanted: dict[str, object] = {"--model-name": config.model_name, "--checkpoint-path": config.checkpoint_path}
     if config.rank == 0:
         wanted["--task-name"] = config.task_name  # rank 0 alone reads data
     wanted["--total-steps (or --num-train-epochs)"] = config.total_steps or config.num_train_epochs

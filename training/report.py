@@ -120,6 +120,11 @@ class Report:
                 _waited(row) + ("  SKIPPED: loss or gradient not finite" if row["skipped"] else ""),
             )
 
+    def evaluation(self, row: Mapping[str, Any], optimizer_step: int) -> None:
+        """What an evaluation found, for Weights & Biases."""
+        if self._wandb is not None:
+            self._wandb.log({f"evaluation/{name}": value for name, value in row.items()}, step=optimizer_step)
+
     def _write_log(self) -> None:
         """All rows that are not in the file yet. A disk that is full does not end a training: it is said once, and tried again."""
         assert self._file is not None, "rank 0 opened it"

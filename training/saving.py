@@ -100,8 +100,8 @@ class Saver:
         self, step: int, position: int, trainer: Mapping[str, Any] | None, *, is_last: bool = False, best: Best | None = None
     ) -> float:
         """Save what has been trained up to ``step``, at ``position`` sequences; ``trainer`` is rank 0's. Returns the seconds that training
-        stood still. ``best``: the step that --keep-best spares. With --async-checkpoint writing goes on after that, unless it ``is_last``; a save that is still running is waited
-        for. Raises, on a later call, only what is no mere failure to write.
+        stood still. ``best``: the step that --keep-best spares. With --async-checkpoint writing goes on after that, unless it
+        ``is_last``; a save that is still running is waited for. Raises, on a later call, only what is no mere failure to write.
         """
         started = time.perf_counter()
         self.wait()

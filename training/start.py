@@ -34,6 +34,7 @@ from training.flags import flag_name
 from training.folders import Folders, find_folders, remove_tokens
 from training.job import Job, all_say
 from training.resuming import ResumePoint, check_same_model, find_resume_point, newest_in_sight
+from training.validation import ValidationData, open_validation
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -70,6 +71,7 @@ class ReadingDesk:
     probe: dict[str, Any] | None
     run_token: str
     base_model: str | None
+    validation: ValidationData | None
 
 
 def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingDesk | None]:
@@ -255,7 +257,14 @@ def _open_desk(job: Job, config: Config, start: Start, token: str, base: str | N
         _say_what_changed(job, config, start, start.point)
     mixture.go_to(state)
     return ReadingDesk(
-        encoder=encoder, mixture=mixture, position=mixture.state(), identity=identity, probe=probe, run_token=token, base_model=base
+        encoder=encoder,
+        mixture=mixture,
+        position=mixture.state(),
+        identity=identity,
+        probe=probe,
+        run_token=token,
+        base_model=base,
+        validation=open_validation(config, encoder),
     )
 
 

@@ -8,14 +8,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from checkpoint.tensor_file import explained_disk_errors
 from modules.stage import Stage
@@ -24,10 +24,13 @@ from tasks.encoding import Encoder
 from tasks.evaluation_set import EvaluationSet, Prompt
 from tasks.metrics import Counts, judge, perplexity
 from tasks.packing import PackingRules, num_targets
+from tasks.readers import ReadingRules
 from training.config import Config
+from training.data import TextEncoder, packing_rules, sources_of
 from training.evaluator import Evaluator
+from training.forward_only import make_decoder
 from training.gradient import GlobalGradient
-from training.job import Job
+from training.job import Job, all_say
 from training.saving import Best
 
 log = logging.getLogger("trainer")
@@ -57,7 +60,8 @@ class Evaluation:
         if best is None:
             return math.isfinite(self.loss)
         now = self.as_best(0)
-        assert now.metric == best.metric, "a run that resumes with another metric forgets its best"
+        if now.metric != best.metric:  # the run goes on with another one
+            return True
         return now.value > best.value if now.metric == "accuracy" else now.value < best.value
 
     def as_best(self, step: int) -> Best:
@@ -87,13 +91,45 @@ class ValidationData:
     rules: PackingRules
 
 
+def open_validation(config: Config, encoder: TextEncoder) -> ValidationData | None:
+    """On rank 0: the records of --evaluation-data, None if there are none to be. Raises UserError for sources and records that are bad, or
+    that cannot be judged as --evaluation-metric asks."""
+    if config.evaluation_data is None:
+        return None
+    rules = ReadingRules(on_bad_record=config.on_bad_record, max_samples=config.max_eval_samples)
+    sources = sources_of(config, config.evaluation_data, rules)
+    with ExitStack() as opened:
+        documents = []
+        for place, spec in enumerate(sources.tasks):
+            documents.append(sources.open_documents(spec, place))
+            opened.callback(documents[-1].close)
+        records = EvaluationSet(documents)
+    if config.evaluation_metric == "accuracy":
+        records.check_answerable()
+    return ValidationData(records=records, encoder=encoder.encoder, rules=packing_rules(config))
+
+
+def start_validation(
+    job: Job, config: Config, gradient: GlobalGradient, stage: Stage, data: ValidationData | None, root: Path
+) -> "Validation | None":
+    """Collective over all ranks; ``data`` is rank 0's, and None elsewhere or where nothing is to be evaluated. Raises UserError on rank
+    0."""
+    if not all_say(job, job.store, "evaluates", data is not None)[0]:
+        return None
+    decoder = None
+    if config.evaluation_metric == "accuracy":
+        decoder = make_decoder(job, stage, config.evaluation_batch_size or config.batch_size)
+    return Validation(job, config, gradient, decoder, data, root)
+
+
 class Validation:
     """The evaluations of one run. Called by all ranks alike; ``data`` is rank 0's."""
 
     def __init__(
         self, job: Job, config: Config, gradient: GlobalGradient, decoder: Decoder | None, data: ValidationData | None, root: Path
     ) -> None:
-        """Raises UserError on rank 0 for records that cannot be judged."""
+        """Raises UserError on rank 0 for prompts that cannot be continued."""
+        self._decoder = decoder
         self._config, self._data, self._path = config, data, root / LOG_FILE
         self._batch_size = config.evaluation_batch_size or config.batch_size
         self._is_rank_0 = job.place.rank == 0
@@ -105,6 +141,16 @@ class Validation:
             self._prompts = data.records.prompts(data.encoder, max_length=job.model_config.num_positions - self._max_new_tokens)
             if config.evaluation_num_batch:
                 del self._prompts[config.evaluation_num_batch * self._batch_size * self._num_replicas :]
+
+    def is_due(self, before: int, step: int, *, is_last: bool) -> bool:
+        """Whether to evaluate behind ``step``, the one after ``before``."""
+        every = self._config.evaluation_steps
+        return is_last or (every > 0 and step // every > before // every)
+
+    def close(self) -> None:
+        """No evaluation comes any more."""
+        if self._decoder is not None:
+            self._decoder.close()
 
     def run(self, step: int) -> Evaluation:
         """Evaluate the stages as they are after ``step``, and write down what came of it."""
@@ -121,7 +167,7 @@ class Validation:
     def _loss(self) -> tuple[float, int]:
         num_targets_of: list[int] = []
 
-        def counted() -> Any:
+        def counted() -> Iterator[np.ndarray]:
             assert self._data is not None, "only rank 0 reads"
             limit = self._config.evaluation_num_batch * self._batch_size * self._num_replicas or None
             for planes in islice(self._data.records.sequences(self._data.encoder, self._data.rules), limit):
