@@ -53,7 +53,7 @@ def run_hf(given: dict[str, Any], sizes: Sizes) -> Found:
 
     torch.set_num_threads(given["threads"])
     transformers.logging.set_verbosity_error()
-    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes.hf_config)).eval()
+    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes.hf_config)).train(False)
     draw(model, GPTJConfig.from_hf(sizes.hf_config))
     prompts = prompts_of(given, sizes)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))

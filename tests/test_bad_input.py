@@ -351,8 +351,10 @@ def test_bad_records_can_be_skipped(flags: dict[str, Any], tmp_path: Path) -> No
         ("{good}:-1", ("-1",)),
         ("{good}:0,{good}:0", ("0",)),
         ("{good}:nan", ("nan",)),
-        ("{good},,{good}", ("no path",)),
-        ("{tmp}/x.parquet", (".jsonl",)),
+        ("{good},,{good}", ("has no source",)),
+        ("{tmp}/x.parquet", ("x.parquet", "Correct the path")),
+        ("nonsense={good}", ("nonsense", "mnli")),
+        ("cot", ("mmlu-cot.json", "cot=PATH")),
         ("", ("--task-name",)),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from harness import REPOSITORY
 
 from training.config import Config
+from training.evaluation_config import EvalConfig
 
 FLOORS = {
     "user_error": 0,
@@ -25,6 +26,7 @@ FLOORS = {
     "training": 3,
     "converters": 3,
     "dist_clm_train": 4,
+    "dist_clm_eval": 4,
     "convert_from_hf_gptj": 4,
     "convert_from_hf_gptneox": 4,
     "convert_to_hf_gptj": 4,
@@ -32,7 +34,12 @@ FLOORS = {
 }
 SCRIPTS = [name for name, floor in FLOORS.items() if floor == 4]
 SPEAKING = [*SCRIPTS, "converters"]  # they have command lines of their own and print
-COMMANDS = ["checkpoint/gather.py", "checkpoint/inspect.py", "training/memory.py"]  # the same, as single files: python -m checkpoint.gather
+COMMANDS = [
+    "checkpoint/gather.py",
+    "checkpoint/inspect.py",
+    "training/memory.py",
+    "training/evaluation_config.py",
+]  # the same, as single files: python -m checkpoint.gather
 
 
 def sources() -> list[Path]:
@@ -145,6 +152,11 @@ def test_files_stay_under_400_lines_and_functions_under_a_screen() -> None:
                 assert node.end_lineno is not None and node.end_lineno - node.lineno < 70, f"{path}: {node.name} is longer than a screen"
 
 
+def flags_of_both() -> list[tuple[str, "dataclasses.Field[object]"]]:
+    pages = {"flags.md": Config, "evaluation_flags.md": EvalConfig}
+    return [(page, field) for page, settings in pages.items() for field in dataclasses.fields(settings)]
+
+
 def flags_read(paths: list[Path]) -> set[str]:
     """Names read as attributes of something called config or of self (inside Config itself)."""
     found = set()
@@ -159,18 +171,21 @@ def flags_read(paths: list[Path]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
-def test_every_flag_is_documented_and_read(field: "dataclasses.Field[object]") -> None:
-    documented = (REPOSITORY / "docs" / "flags.md").read_text()
+@pytest.mark.parametrize(("page", "field"), flags_of_both(), ids=lambda given: getattr(given, "name", given))
+def test_every_flag_is_documented_and_read(page: str, field: "dataclasses.Field[object]") -> None:
+    documented = (REPOSITORY / "docs" / page).read_text()
     assert re.search(rf"^\| `--{field.name.replace('_', '-')}[ `]", documented, re.MULTILINE)
     assert len(field.metadata["help"]) > 10
-    assert field.name in flags_read([path for path in house() if room_of(path) == "training"]), "a flag nobody reads is a defect"
+    is_read_in = [path for path in house() if room_of(path) in ("training", "dist_clm_eval")]
+    assert field.name in flags_read(is_read_in), "a flag nobody reads is a defect"
 
 
 def test_optional_packages_and_cuda_are_not_touched_at_import() -> None:
     code = (
-        "import sys, torch, dist_clm_train, convert_from_hf_gptj, convert_to_hf_gptneox, converters.from_hf, converters.to_hf\n"
-        "loaded = {'wandb', 'bitsandbytes', 'cupy', 'datasets', 'peft', 'transformers'} & set(sys.modules)\n"
+        "import sys, torch, dist_clm_train, dist_clm_eval, convert_from_hf_gptj, convert_to_hf_gptneox, converters.from_hf, "
+        "converters.to_hf\n"
+        "loaded = {'wandb', 'bitsandbytes', 'cupy', 'datasets', 'peft', 'transformers', 'sklearn', 'matplotlib', 'pyarrow'} & "
+        "set(sys.modules)\n"
         "assert not loaded, loaded\n"
         "assert not torch.cuda.is_initialized()\n"
     )

@@ -51,7 +51,7 @@ def test_the_first_bucket_is_launched_while_the_last_backward_runs(model_folder:
             seq_length=24,
             clip_grad_norm=0,
         )
-        gradient.compute(tokens.view(1, 2, 4, 2, 24)[:, rank], num_targets)
+        gradient.compute(tokens.view(1, 2, 4, 3, 24)[:, rank], num_targets)
         backwards = [span for span in spans.recorded if span.name == "backward"]
         losses = [span for span in spans.recorded if span.name == "loss"]
         launches = [span for span in spans.recorded if span.name == "allreduce launched"]
@@ -104,7 +104,7 @@ def test_three_replicas_give_the_same_bits_at_every_cut(model_folder: Path, tmp_
                 seq_length=24,
                 clip_grad_norm=0.5,
             )
-            gradient.compute(tokens.view(1, 3, 2, 2, 24)[:, place.dp], num_targets)
+            gradient.compute(tokens.view(1, 3, 2, 3, 24)[:, place.dp], num_targets)
             if place.dp == 0:
                 found = {name: p.grad.clone() for name, p in stage.named_parameters()}  # type: ignore[union-attr]
                 save_file(found, tmp_path / f"{stages}_{place.pp}.safetensors")

@@ -39,7 +39,7 @@ def load(folder: Path, first: int = 0, last: int | None = None, dtype: torch.dty
 def hf_loss_sum(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Summed loss with every document run through the model on its own."""
     total = torch.zeros(())
-    for ids, positions in tokens.long():
+    for ids, positions, _ in tokens.long():
         starts = (positions == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             if end - start > 1:
@@ -186,7 +186,7 @@ def write_grid_gradients(
                 seq_length=SEQ_LENGTH,
                 clip_grad_norm=CLIP,
             )
-            share = tokens.view(accumulation, replicas, batch_size, 2, SEQ_LENGTH)[:, place.dp]
+            share = tokens.view(accumulation, replicas, batch_size, 3, SEQ_LENGTH)[:, place.dp]
             decision = gradient.compute(share, num_targets, loss_scale=loss_scale)
             found = {name: parameter.grad.clone() for name, parameter in stage.named_parameters()}  # type: ignore[union-attr]
             found["decision"] = torch.tensor([decision.loss, decision.grad_norm, decision.clip_factor], dtype=torch.float64)

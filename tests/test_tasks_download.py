@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from packing_helpers import open_plainly
 
-from tasks.readers import open_documents
+from tasks.task_list import parse_task_list
 from user_error import UserError
 
 
@@ -28,11 +29,12 @@ def line(text: str) -> bytes:
 
 def read(path: Path | str, num: int = 1) -> list[str]:
     """The first texts in shuffled order, of more than one pass if `num` is more than the file holds."""
-    documents = open_documents(str(path), seed=1, place=0, on_bad_record="error")
+    (spec,) = parse_task_list(str(path))
+    documents = open_plainly(1)(spec, 0)
     texts, place = [], (0, 0)
     for _ in range(num):
         document = documents.next_good(*place)
-        texts.append(document.text)
+        texts.append(document.example.text)
         place = (document.pass_index, document.position + 1)
     documents.close()
     return texts
