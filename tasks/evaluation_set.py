@@ -107,6 +107,8 @@ class EvaluationSet:
         row = _Row(rules.seq_length, encoder.eos_token_id)
         for document in documents:
             at = 0
+            if row.room < len(document.ids) <= rules.seq_length:
+                yield row.finish()  # no target is lost at a cut that need not be
             while at < len(document.ids):
                 at += row.take(document.ids[at:], document.is_target[at:])
                 if row.is_full or (rules.mode == "none"):
@@ -182,6 +184,10 @@ class _Row:
         self._planes = np.empty((NUM_PLANES, self._length), dtype=np.int32)
         self._planes[0], self._planes[2] = self._eos_token_id, IGNORED_TARGET
         self._filled = 0
+
+    @property
+    def room(self) -> int:
+        return self._length - self._filled
 
     @property
     def is_full(self) -> bool:

@@ -2,8 +2,9 @@
 
     [TASK=]SOURCE[@SPLIT][:WEIGHT],...      mnli=/data/mnli.jsonl:0.3,"odd,name.jsonl":0.2,hf:glue/mnli@train,cot:0.1
 
-An item may be a TASK alone: its data then lies at the task's default path. Quotes (" or ') keep commas, colons and @ for the source. The
-weight is what stands behind the last colon, if that is a number, so that addresses with ports need no quotes. Nothing is opened here.
+An item may be a TASK alone: its data then lies at the task's default path. A source in quotes (" or ') keeps its commas, colons, = and @;
+@SPLIT and :WEIGHT may follow the closing one. Quotes inside a source are ordinary characters. The weight is what stands behind the last
+colon, if that is a number, so that addresses with ports need no quotes. Nothing is opened here.
 """
 
 import math
@@ -23,9 +24,11 @@ RULE = (
 PLAIN_TASK = "records"  # of sources that name none
 HF = "hf:"
 
-_ITEM = re.compile(r"""(?:[^,"']|"[^"]*"|'[^']*')*""")
-_TASK = re.compile(r"([A-Za-z_][\w-]*)=(.*)", re.DOTALL)
+_NAME = r"[A-Za-z_][\w-]*"
+_ITEM = re.compile(rf"""\s*(?:{_NAME}\s*=\s*)?(?:"[^"]*"[^,]*|'[^']*'[^,]*|[^,"'][^,]*|)""")
+_TASK = re.compile(rf"({_NAME})\s*=(.*)", re.DOTALL)
 _SPLIT = re.compile(r"(.+)@([\w.-]+)")
+_QUOTED = re.compile(rf"""(?:{_NAME}\s*=\s*)?(?:"[^"]*"|'[^']*')(?:@[\w.-]+)?(?::[^:"']*)?""")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +65,26 @@ def parse_task_list(text: str, more_tasks: Mapping[str, Task] | None = None) -> 
 
 
 def join_items(items: Iterable[object]) -> str:
-    """A list of items (from YAML) as one text. An item that holds a comma and no quotes is taken for a source with odd characters."""
-    return ",".join(_quoted(str(item)) for item in items)
+    """A list of items (from YAML) as one text, which parse_task_list takes apart into just these. Sources that need quotes get them; items
+    that have quotes already stay as they are. Raises UserError for a source that holds both kinds of quotes and a comma."""
+    return ",".join(_quoted(str(item).strip()) for item in items)
 
 
 def _quoted(item: str) -> str:
-    if "," not in item or '"' in item or "'" in item:
+    if _QUOTED.fullmatch(item) or not ("," in item or item[:1] in ("'", '"')):
         return item
+    rest, weight = item, ""
     head, colon, tail = item.rpartition(":")
-    return f'"{head}":{tail}' if colon and _number(tail) is not None else f'"{item}"'
+    if colon and _number(tail) is not None:
+        rest, weight = head, colon + tail
+    named = None if is_url(rest) else _TASK.fullmatch(rest)
+    task, source = (f"{named[1]}=", named[2]) if named else ("", rest)
+    found = None if is_url(source) else _SPLIT.fullmatch(source)
+    source, split = (found[1], f"@{found[2]}") if found else (source, "")
+    quote = next((quote for quote in ('"', "'") if quote not in source), None)
+    if quote is None:
+        raise UserError(f"{RULE}; the source {source!r} holds a comma and both kinds of quotes, which cannot be written. Rename it.")
+    return f"{task}{quote}{source}{quote}{split}{weight}"
 
 
 def _items(text: str) -> list[str]:
@@ -84,7 +98,10 @@ def _items(text: str) -> list[str]:
         if at >= len(text):
             return items
         if text[at] != ",":
-            raise UserError(f"{RULE}; a quote in {text!r} is not closed. Close it, or put the source into the other kind of quotes.")
+            raise UserError(
+                f"{RULE}; behind {text[:at].rpartition(',')[2]!r} in {text!r} a quote opens that is not closed. Close it, or put the "
+                "source into the other kind of quotes."
+            )
         at += 1
 
 

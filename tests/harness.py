@@ -135,10 +135,22 @@ def launch(
     """Fork ranks that run dist_clm_train.main. ``before`` runs in each child first (to plant a fault)."""
     import dist_clm_train
 
+    return launch_main(dist_clm_train.main, argv_of_rank, world_size, folder, before)
+
+
+def launch_main(
+    main: Callable[[Sequence[str]], int],
+    argv_of_rank: Callable[[int], Sequence[str]],
+    world_size: int,
+    folder: Path,
+    before: Callable[[int], None] | None = None,
+) -> list[Process]:
+    """The same of any script's main."""
+
     def rank_main(rank: int) -> int:
         if before is not None:
             before(rank)
-        return dist_clm_train.main(list(argv_of_rank(rank)))
+        return main(list(argv_of_rank(rank)))
 
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("*.txt")))
@@ -156,6 +168,34 @@ def train(
     **flags: Any,
 ) -> list[Process]:
     """Train to the end in stages x replicas forked ranks; all must end with ``expect``. Returns the ended processes."""
+    import dist_clm_train
+
+    return run_script(
+        dist_clm_train.main, folder, stages=stages, replicas=replicas, expect=expect, timeout_s=timeout_s, before=before, **flags
+    )
+
+
+def evaluate(
+    folder: Path, *, stages: int = 1, replicas: int = 1, expect: int | None = 0, timeout_s: float = 90, **flags: Any
+) -> list[Process]:
+    """The same with dist_clm_eval.py."""
+    import dist_clm_eval
+
+    return run_script(dist_clm_eval.main, folder, stages=stages, replicas=replicas, expect=expect, timeout_s=timeout_s, **flags)
+
+
+def run_script(
+    main: Callable[[Sequence[str]], int],
+    folder: Path,
+    *,
+    stages: int,
+    replicas: int,
+    expect: int | None,
+    timeout_s: float,
+    before: Callable[[int], None] | None = None,
+    **flags: Any,
+) -> list[Process]:
+    """One of the two scripts over forked ranks."""
     world_size = stages * replicas
     port = free_port()
     common = {
@@ -167,7 +207,7 @@ def train(
         "device": "cpu",
         "rendezvous_timeout": 30,
     }
-    processes = launch(lambda rank: train_argv(**{**common, "rank": rank, **flags}), world_size, folder, before)
+    processes = launch_main(main, lambda rank: train_argv(**{**common, "rank": rank, **flags}), world_size, folder, before)
     try:
         for process in processes:
             status = process.wait(timeout_s)

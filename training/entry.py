@@ -14,6 +14,9 @@ from typing import Any
 from checkpoint.manifest import step_positions
 from comms.place import place_of
 from training.config import Config
+from training.evaluating import evaluate_rank
+from training.evaluation_config import EvalConfig, complete_eval
+from training.evaluation_results import EvaluationResults, write_results
 from training.job import meet
 from training.loop import train
 from training.parsing import complete
@@ -50,6 +53,19 @@ def run(config: Config | None = None, **flags: Any) -> RunResult:
     root = Path(config.checkpoint_path)
     steps = newest_in_sight([step_positions(root)])
     return RunResult(checkpoint_path=root, checkpoint=root / steps[0] if steps else None)
+
+
+def evaluate(path: str | Path, data: str | Path, *, metric: str = "perplexity", **flags: Any) -> EvaluationResults:
+    """Evaluate the model folder, checkpoint or adapter at ``path`` on ``data`` (written as --evaluation-data), as ``dist_clm_eval.py`` does
+    with these flags. Returns all numbers and, in ``examples``, what every single example was answered. Raises UserError for everything that
+    the user can cure."""
+    given = {"model_name": path, "evaluation_data": data, "metric": metric, **flags}
+    config = complete_eval(make_config(EvalConfig, given))
+    results = evaluate_rank(config)
+    if results is None:
+        raise UserError(f"training.evaluate returns on rank 0; this is rank {config.rank}. Use dist_clm_eval.py for the other ranks")
+    write_results(results, summary=config.json, examples=config.output, picture=config.confusion_png)
+    return results
 
 
 def train_rank(config: Config) -> None:

@@ -27,7 +27,7 @@ from modules.families import read_model_config
 from modules.lm_ops import IGNORED_TARGET
 from modules.stage import Stage, stored_name
 from pipeline_parallel.decode import Generated
-from tasks.evaluation_set import EvaluationExample, EvaluationSet, LabelRow, Prompt
+from tasks.evaluation_set import EvaluationSet, LabelRow, Prompt
 from tasks.metrics import Confusion, Counts, Verdict, confusion, import_sklearn_metrics, judge, perplexity
 from tasks.packing import PackingRules, num_targets
 from tasks.readers import ReadingRules
@@ -36,7 +36,7 @@ from training.assembly import WeightTaker, assemble_stage
 from training.config import Config
 from training.data import TextEncoder, load_text_encoder, sources_of
 from training.evaluation_config import EvalConfig
-from training.evaluation_results import Answers, EvaluationResults, check_drawable
+from training.evaluation_results import Answers, EvaluationResults, about, check_drawable, judged_rows
 from training.evaluator import Evaluator
 from training.forward_only import ForwardOnly
 from training.job import Job, all_say, meet
@@ -173,7 +173,7 @@ class _Run:
 
     def __init__(self, config: EvalConfig, evaluator: Evaluator, desk: _Desk | None) -> None:
         self._config, self._evaluator, self._desk = config, evaluator, desk
-        self._rows: list[dict[str, Any]] = [_about(example) for example in desk.records.examples] if desk is not None else []
+        self._rows: list[dict[str, Any]] = [about(example) for example in desk.records.examples] if desk is not None else []
 
     def results(self) -> EvaluationResults | None:
         """On rank 0 all that was found."""
@@ -218,14 +218,9 @@ class _Run:
                 bar.update(min(step, num - start))
         if desk is None:
             return None
-        answers, verdicts = [], []
-        for prompt, one, row in zip(prompts, found, self._rows, strict=True):
-            task, text = prompt.example.task, desk.encoder.encoder.decode(one.ids)
-            answers.append(task.answer(text))
-            verdicts.append(judge(answers[-1], prompt.example.expected, task.labels, ended=one.ended))
-            row |= {"generated": text, "answer": answers[-1], "verdict": verdicts[-1], "ended": one.ended}
-            row |= {"margin": one.margin if math.isfinite(one.margin) else None}
-        return self._judged(answers, verdicts)
+        for row, judged in zip(self._rows, judged_rows(prompts, found, desk.encoder.encoder), strict=True):
+            row |= judged
+        return self._judged([row["answer"] for row in self._rows], [row["verdict"] for row in self._rows])
 
     def _likeliest(self) -> Answers | None:
         desk = self._desk
@@ -257,13 +252,6 @@ class _Run:
     def _progress(self, total: int | None, unit: str) -> "tqdm[Any]":
         is_shown = self._desk is not None and sys.stderr.isatty()
         return tqdm(total=total, unit=f" {unit}", disable=not is_shown, file=sys.stderr, dynamic_ncols=True)
-
-
-def _about(example: EvaluationExample) -> dict[str, Any]:
-    """The beginning of a line of --output."""
-    has_answer = any(piece.is_target for piece in example.example.pieces) and bool(example.example.prompt)
-    asked = {"prompt": example.example.prompt, "expected": example.expected} if has_answer else {}
-    return {"id": example.number, "record": example.fingerprint, "where": example.where, "source": example.source, **asked}
 
 
 def _padded(planes: np.ndarray, length: int, eos_token_id: int) -> np.ndarray:

@@ -3,13 +3,16 @@ models on the same examples."""
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from checkpoint.tensor_file import explained_disk_errors
-from tasks.metrics import Confusion, Counts, McNemar, mcnemar
+from pipeline_parallel.decode import Generated
+from tasks.encoding import Encoder
+from tasks.evaluation_set import EvaluationExample, Prompt
+from tasks.metrics import Confusion, Counts, McNemar, judge, mcnemar
 from training.report import table
 from user_error import UserError
 
@@ -81,10 +84,34 @@ def _shown(confusion: Confusion) -> list[str]:
     return [table(rows)]
 
 
+def about(example: EvaluationExample) -> dict[str, Any]:
+    """The beginning of an example's JSON object: which one it is, and what was asked."""
+    has_answer = any(piece.is_target for piece in example.example.pieces) and bool(example.example.prompt)
+    asked = {"prompt": example.example.prompt, "expected": example.expected} if has_answer else {}
+    return {"id": example.number, "record": example.fingerprint, "where": example.where, "source": example.source, **asked}
+
+
+def judged_rows(prompts: Sequence[Prompt], generated: Sequence[Generated], encoder: Encoder) -> list[dict[str, Any]]:
+    """The rest of it for generated answers, in the same order: what was generated, and what that is worth."""
+    rows = []
+    for prompt, one in zip(prompts, generated, strict=True):
+        task, text = prompt.example.task, encoder.decode(one.ids)
+        answer = task.answer(text)
+        verdict = judge(answer, prompt.example.expected, task.labels, ended=one.ended)
+        margin = one.margin if math.isfinite(one.margin) else None
+        rows.append({"generated": text, "answer": answer, "verdict": verdict, "ended": one.ended, "margin": margin})
+    return rows
+
+
+def write_examples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line. Raises UserError where that cannot be written."""
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def write_results(results: EvaluationResults, *, summary: str | None, examples: str | None, picture: str | None) -> None:
     """--json (``-`` is left to the caller), --output and --confusion-png. Raises UserError where a file cannot be written."""
     if examples is not None:
-        _write(Path(examples), "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in results.examples))
+        write_examples(Path(examples), results.examples)
     if summary is not None and summary != "-":
         _write(Path(summary), json.dumps(results.as_json(), indent=2, ensure_ascii=False) + "\n")
     answers = results.accuracy or results.labels

@@ -22,11 +22,12 @@ from modules.stage import Stage
 from pipeline_parallel.decode import Decoder
 from tasks.encoding import Encoder
 from tasks.evaluation_set import EvaluationSet, Prompt
-from tasks.metrics import Counts, judge, perplexity
+from tasks.metrics import Counts, perplexity
 from tasks.packing import PackingRules, num_targets
 from tasks.readers import ReadingRules
 from training.config import Config
 from training.data import TextEncoder, packing_rules, sources_of
+from training.evaluation_results import about, judged_rows, write_examples
 from training.evaluator import Evaluator
 from training.forward_only import make_decoder
 from training.gradient import GlobalGradient
@@ -36,6 +37,7 @@ from training.saving import Best
 log = logging.getLogger("trainer")
 
 LOG_FILE = "evaluation_log.jsonl"
+ANSWERS_FOLDER = "evaluations"  # a file per step, as dist_clm_eval.py --output writes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class Validation:
     ) -> None:
         """Raises UserError on rank 0 for prompts that cannot be continued."""
         self._decoder = decoder
-        self._config, self._data, self._path = config, data, root / LOG_FILE
+        self._config, self._data, self._root = config, data, root
         self._batch_size = config.evaluation_batch_size or config.batch_size
         self._is_rank_0 = job.place.rank == 0
         self._num_replicas = job.place.dp_size
@@ -156,11 +158,11 @@ class Validation:
         """Evaluate the stages as they are after ``step``, and write down what came of it."""
         started = time.perf_counter()
         loss, targets = self._loss()
-        counts = self._counts() if self._config.evaluation_metric == "accuracy" else None
+        counts = self._counts(step) if self._config.evaluation_metric == "accuracy" else None
         found = Evaluation(loss=loss, num_targets=targets, counts=counts, seconds=time.perf_counter() - started)
         if self._is_rank_0:
             log.info("evaluation at step %d: %s", step, found)
-            with explained_disk_errors(self._path), self._path.open("a") as file:
+            with explained_disk_errors(self._root / LOG_FILE), (self._root / LOG_FILE).open("a") as file:
                 file.write(json.dumps(found.row(step)) + "\n")
         return found
 
@@ -178,21 +180,15 @@ class Validation:
         total = self._evaluator.agree(sum(num_targets_of))
         return math.fsum(losses.tolist()) / max(1, total), total
 
-    def _counts(self) -> Counts:
-        """Judged on rank 0, told to all."""
+    def _counts(self, step: int) -> Counts:
+        """Judged on rank 0, which keeps the answers; told to all."""
         asked = None if self._prompts is None else [prompt.ids for prompt in self._prompts]
         eos_token_id = 0 if self._data is None else self._data.encoder.eos_token_id
         generated = self._evaluator.answers(asked, max_new_tokens=self._max_new_tokens, eos_token_id=eos_token_id)
         counts = Counts(right=0, wrong=0, badly_formed=0)
         if self._prompts is not None and self._data is not None:
-            verdicts = [
-                judge(
-                    prompt.example.task.answer(self._data.encoder.decode(one.ids)),
-                    prompt.example.expected,
-                    prompt.example.task.labels,
-                    ended=one.ended,
-                )
-                for prompt, one in zip(self._prompts, generated, strict=True)
-            ]
-            counts = Counts.of(verdicts)
+            rows = judged_rows(self._prompts, generated, self._data.encoder)
+            asked_rows = [about(prompt.example) for prompt in self._prompts]
+            write_examples(self._root / ANSWERS_FOLDER / f"{step}.jsonl", (a | b for a, b in zip(asked_rows, rows, strict=True)))
+            counts = Counts.of([row["verdict"] for row in rows])
         return Counts(**{name: self._evaluator.agree(value) for name, value in asdict(counts).items()})
