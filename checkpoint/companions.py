@@ -1,13 +1,15 @@
 """What travels with weights: configuration, generation configuration and tokenizer, copied from folder to folder.
 
 config.json gains the dtype of the weights beside it, under the key of transformers 5 (``dtype``) and that of 4.x (``torch_dtype``): a
-wrong one would make every load convert, or round. A GPT-NeoX's rotary settings are written for both, too. The other files are copied
-byte for byte.
+wrong one would make every load convert, or round. A GPT-NeoX's rotary settings are written for both, too. A conversion from Hugging Face
+also names a padding token where the tokenizer names none, as neither family's does: without one, transformers generates no batches. The
+other files are copied byte for byte.
 """
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,10 +18,12 @@ from checkpoint.tensor_file import FileRecord, json_bytes, write_file
 from modules.gptneox import GPTNeoXConfig, both_rotary_forms
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+PADDING_TOKENS = ("<|padding|>", "<|extratoken_1|>")  # what GPT-NeoX's tokenizer has for it, and what users of GPT-J's take
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
@@ -28,10 +32,11 @@ TOKENIZER_FILES = (
 )
 
 
-def read_companions(folders: Sequence[Path], *, dtypes: Iterable[torch.dtype]) -> dict[str, bytes]:
+def read_companions(folders: Sequence[Path], *, dtypes: Iterable[torch.dtype], with_padding: bool = False) -> dict[str, bytes]:
     """File name -> content: both configurations from the first folder, the tokenizer from the last that has any (never mixed from two).
 
     ``dtypes``: those of the weights they will lie beside; where they are mixed, config.json names the one that holds all without loss.
+    ``with_padding``: name a padding token where the tokenizer names none.
     """
     dtype = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
     config = {**read_json_object(folders[0] / CONFIG), "dtype": dtype, "torch_dtype": dtype}
@@ -41,7 +46,39 @@ def read_companions(folders: Sequence[Path], *, dtypes: Iterable[torch.dtype]) -
     if (folders[0] / GENERATION_CONFIG).is_file():
         contents[GENERATION_CONFIG] = (folders[0] / GENERATION_CONFIG).read_bytes()
     tokenizers = [files for folder in folders if (files := tokenizer_files(folder))]
-    return contents | {file.name: file.read_bytes() for file in (tokenizers[-1] if tokenizers else [])}
+    contents |= {file.name: file.read_bytes() for file in (tokenizers[-1] if tokenizers else [])}
+    return contents | (_padding(tokenizers[-1][0].parent, config) if with_padding and tokenizers else {})
+
+
+def _padding(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files that say which token pads, where they say none: one that the tokenizer has for nothing else, or the end of text."""
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return {}
+    settings = read_json_object(folder / TOKENIZER_CONFIG)
+    eos = settings.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    ids = _token_ids(folder)
+    token = next((token for token in (*PADDING_TOKENS, eos) if isinstance(token, str) and token in ids), None)
+    if settings.get("pad_token") is not None or token is None or ids[token] >= int(config.get("vocab_size", 0)):
+        return {}
+    changed = {TOKENIZER_CONFIG: json_bytes({**settings, "pad_token": token}), CONFIG: json_bytes({**config, "pad_token_id": ids[token]})}
+    if (folder / SPECIAL_TOKENS).is_file():
+        changed[SPECIAL_TOKENS] = json_bytes({**read_json_object(folder / SPECIAL_TOKENS), "pad_token": token})
+    return changed
+
+
+def _token_ids(folder: Path) -> dict[str, int]:
+    """Token -> id, as the tokenizer's files say; {} where none does in a way known here."""
+    found: dict[str, int] = {}
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = read_json_object(folder / "tokenizer.json")
+        vocabulary = tokenizer.get("model", {}).get("vocab")
+        found = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+        found |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    for name in ("vocab.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            found |= read_json_object(folder / name)
+    return found
 
 
 def write_companions(contents: Mapping[str, bytes], target: Path) -> list[FileRecord]:
@@ -49,9 +86,11 @@ def write_companions(contents: Mapping[str, bytes], target: Path) -> list[FileRe
     return [write_file(target / name, content, relative_to=target) for name, content in contents.items()]
 
 
-def copy_companions(folders: Sequence[Path], target: Path, *, dtypes: Iterable[torch.dtype]) -> list[FileRecord]:
+def copy_companions(
+    folders: Sequence[Path], target: Path, *, dtypes: Iterable[torch.dtype], with_padding: bool = False
+) -> list[FileRecord]:
     """read_companions, written into ``target``."""
-    return write_companions(read_companions(folders, dtypes=dtypes), target)
+    return write_companions(read_companions(folders, dtypes=dtypes, with_padding=with_padding), target)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -71,7 +71,7 @@ def finish_folder(
     """Complete a folder that holds the layers' files: index, configuration, tokenizer, a strict check of it all, and last the manifest."""
     specs = [spec for file in sorted(set(weight_map.values())) for spec in open_weight_file(folder / file).specs.values()]
     index_record = write_index(folder, weight_map, sum(spec.num_bytes for spec in specs))
-    companions = copy_companions(copy_from, folder, dtypes={spec.dtype for spec in specs})
+    companions = copy_companions(copy_from, folder, dtypes={spec.dtype for spec in specs}, with_padding=True)
     written = ModelFolder.open(folder)
     check_model_folder(written, read_model_config(written.config))
     write_manifest(folder, [*records, index_record, *companions], step)

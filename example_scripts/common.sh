@@ -25,8 +25,7 @@ fi
 # Ends the script with its header and its settings if that is what was asked for. $1: its first argument, or nothing.
 help_if_asked() {
     [[ ${1:-} == -h || ${1:-} == --help ]] || return 0
-    sed -n '2,$p' "$0" | sed -nE '/^#/p; /^set -/q' | sed -E 's/^# ?//'
-    grep -E '^: "\$\{[A-Z_]+:=' "$0" | sed -E 's/^: "\$\{([A-Z_0-9]+):=(.*)\}"/  \1=\2/'
+    sed -nE '2,/^set -/{/^#/s/^# ?//p}; s/^: "\$\{([A-Z_]+):?=(.*)\}"/  \1=\2/p' "$0"
     exit 0
 }
 

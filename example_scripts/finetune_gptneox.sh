@@ -5,7 +5,7 @@
 #   TASKS=mine.jsonl OUT=model_checkpoints/neox example_scripts/finetune_gptneox.sh
 #
 # 44 layers make stages of 6 or 5. A parameter takes 10 bytes (bf16, 16 more bits of an exact master, fp32 gradient, 8-bit moments): 206 GB
-# for all 20.6 billion, 26 GB a GPU, activations besides; FLAGS without 8bit-adam takes 16 bytes and 41 GB. What every stage will
+# for all 20.6 billion, 26 GB a GPU, activations besides; with FLAGS="--bf16 true" it takes 16, and a GPU 41 GB. What every stage will
 # take, without loading anything: python -m training.memory with the same flags. Cards of 24 GB train adapters beside a base in int8:
 #   FLAGS="--bf16 true --recompute layer --train lora --base-quantization int8" LR=1e-4 ... finetune_gptneox.sh
 #
@@ -21,10 +21,10 @@ set -euo pipefail
 : "${REPLICAS:=1}"                    # copies of the pipeline
 : "${BATCH:=32}"                      # sequences per replica and accumulation step; four per stage keep 8 stages busy
 : "${MICRO_BATCH:=1}"                 # sequences that travel through the pipeline together; divides BATCH
-: "${FLAGS:=--bf16 true --optimizer 8bit-adam --recompute layer}" # precision and memory: flags of dist_clm_train.py
+: "${FLAGS=--bf16 true --optimizer 8bit-adam --recompute layer}" # precision and memory: flags of dist_clm_train.py
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -nE '2,/^set -/{/^#/s/^# ?//p}; s/^: "\$\{([A-Z_]+):=(.*)\}"/  \1=\2/p' "$0"
+    sed -nE '2,/^set -/{/^#/s/^# ?//p}; s/^: "\$\{([A-Z_]+):?=(.*)\}"/  \1=\2/p' "$0"
     exit 0
 fi
 export MODEL OUT PIPELINE REPLICAS BATCH MICRO_BATCH

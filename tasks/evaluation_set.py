@@ -52,11 +52,21 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRow:
-    """One label behind one example's prompt. planes: (NUM_PLANES, T) int32, the label's ids its only targets."""
+    """One label behind one example's prompt. encoded: (n,) ids, n <= T, no end-of-text id behind them. length: T."""
 
     example: EvaluationExample
     label: str
-    planes: np.ndarray
+    encoded: Encoded
+    length: int
+    eos_token_id: int
+
+    @property
+    def planes(self) -> np.ndarray:
+        """(NUM_PLANES, T) int32, the label's ids the only targets. Made when asked for: padded rows of all labels of all examples would
+        be many times the text."""
+        row = _Row(self.length, self.eos_token_id)
+        row.take(self.encoded.ids, self.encoded.is_target)
+        return row.finish()
 
 
 class EvaluationSet:
@@ -107,8 +117,8 @@ class EvaluationSet:
         row = _Row(rules.seq_length, encoder.eos_token_id)
         for document in documents:
             at = 0
-            if row.room < len(document.ids) <= rules.seq_length:
-                yield row.finish()  # no target is lost at a cut that need not be
+            if row.room < len(document.ids) and not row.is_empty:
+                yield row.finish()  # so a document is cut, if at all, as it is alone: what precedes it changes no target
             while at < len(document.ids):
                 at += row.take(document.ids[at:], document.is_target[at:])
                 if row.is_full or (rules.mode == "none"):
@@ -117,8 +127,13 @@ class EvaluationSet:
             yield row.finish()
 
     def prompts(self, encoder: Encoder, *, max_length: int) -> list[Prompt]:
-        """One per record. Prompts of more than ``max_length`` ids lose their beginning; how many did is logged. Raises UserError for a
-        prompt that comes to no id."""
+        """One per record. Prompts of more than ``max_length`` ids lose their beginning; how many did is logged. Raises UserError where
+        that leaves none, and for a prompt that comes to no id."""
+        if max_length < 1:
+            raise UserError(
+                f"a sequence must hold at least one token of a prompt besides those generated; {max_length} are left for it. Ask for "
+                "fewer with --max-new-tokens (in a training --evaluation-max-new-tokens), or leave --seq-length out"
+            )
         self.check_answerable()
         found, num_cut = [], 0
         texts = [example.example.prompt for example in self.examples]
@@ -161,7 +176,10 @@ class EvaluationSet:
                 )
         num_cut = sum(len(encoded.ids) - 1 > length for _, _, encoded in rows)
         _say_cut(num_cut, len(rows), length)
-        return [LabelRow(example=e, label=label, planes=_row_of(encoded, length, encoder.eos_token_id)) for e, label, encoded in rows]
+        return [
+            LabelRow(example=example, label=label, encoded=_cut(encoded, length), length=length, eos_token_id=encoder.eos_token_id)
+            for example, label, encoded in rows
+        ]
 
     def _encoded(self, encoder: Encoder) -> Iterator[Encoded]:
         step = 64
@@ -237,12 +255,9 @@ def _block(ids: np.ndarray, is_target: np.ndarray, length: int, eos_token_id: in
     return planes
 
 
-def _row_of(encoded: Encoded, length: int, eos_token_id: int) -> np.ndarray:
-    """A prompt and its label in a row, less the end-of-text id, and less the prompt's beginning where it is too long."""
-    row = _Row(length, eos_token_id)
-    ids, is_target = encoded.ids[:-1][-length:], encoded.is_target[:-1][-length:]
-    row.take(ids, is_target)
-    return row.finish()
+def _cut(encoded: Encoded, length: int) -> Encoded:
+    """A prompt and its label, less the end-of-text id, and less the prompt's beginning where it is too long."""
+    return Encoded(ids=encoded.ids[:-1][-length:], is_target=encoded.is_target[:-1][-length:])
 
 
 def _say_cut(num_cut: int, num: int, length: int) -> None:

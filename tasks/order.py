@@ -14,12 +14,13 @@ from typing import Protocol
 
 import numpy as np
 
-from tasks.lines import Forward, Indexed, Numbered, Stored
+from tasks.lines import Indexed
+from tasks.records import Numbered
+from tasks.streams import Forward, Stored
 
 WINDOW_RECORDS = 10_000
 WINDOW_BYTES = 64 * 2**20  # a window of long documents ends here, so that memory is bounded in bytes too
 SUBSET = 2**32 - 1  # in place of a pass: the draw of --max-train-samples
-LONG_S = 2.0  # of reading up to the place where a run resumes, from which on it is said
 
 logger = logging.getLogger(__name__)
 
@@ -121,17 +122,18 @@ class Windowed:
         self._order = np.empty(0, dtype=np.int64)
 
     def at(self, pass_index: int, position: int) -> Numbered | None:
-        if pass_index != self._pass_index or position < self._window_start:
+        is_entered = pass_index != self._pass_index or position < self._window_start
+        started = time.perf_counter()
+        if is_entered:
             self._stream = self._stored()
             self._pass_index = pass_index
             self._window, self._window_index, self._window_start = [], -1, 0
-        started, first = time.perf_counter(), self._window_index
         while position >= self._window_start + len(self._window):
             if not self._read_window():
                 raise LookupError(position)
-        if self._window_index - first > 1 and time.perf_counter() - started > LONG_S:
+        if is_entered and self._window_index > 0:  # a resume, not the beginning of a pass
             seconds = time.perf_counter() - started
-            logger.info("%s: read forwards to record %d of pass %d in %.1f s", self._name, position + 1, pass_index + 1, seconds)
+            logger.info("%s: read forwards to record %d of pass %d in %.3g s", self._name, position + 1, pass_index + 1, seconds)
         return self._window[int(self._order[position - self._window_start])].numbered()
 
     def in_file_order(self) -> Iterator[Numbered]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from tasks.examples import BadRecordError, BoundTask, Example, Record, Task
 from tasks.order import WINDOW_RECORDS, Ordered, Shuffled, Windowed
-from tasks.records import OnBadRecord, check_characters
+from tasks.records import OnBadRecord, check_text
 from tasks.sources import open_source
 from tasks.task_list import TaskSpec
 from user_error import UserError
@@ -76,7 +76,10 @@ class Documents:
 
     def bind(self, task: Task) -> None:
         """Let ``task`` look at the records. Raises UserError for records that it cannot use at all."""
-        self._task = task.bind(self._good_records)
+        try:
+            self._task = task.bind(self._good_records)
+        except UserError as error:  # of the reader, which knows the file, or of the task, which does not
+            raise error if self.name in str(error) else UserError(f"{self.name}: {error}") from error
 
     def _good_records(self) -> Iterator[Record]:
         for _, record in self._records.in_file_order():
@@ -168,6 +171,10 @@ class Documents:
                 continue  # told or refused when its turn comes, or counted already
             if label is not None:
                 groups.setdefault(label, []).append(int(number))
+        if not groups:
+            raise UserError(
+                f"--balance-labels draws as many records of every label; {self.name}: no example of its task has one. Leave it out."
+            )
         self._records.balance([np.array(groups[label], dtype=np.int64) for label in sorted(groups)])
 
     def fingerprint(self) -> str:
@@ -195,7 +202,7 @@ class Documents:
         draw = Random(":".join(map(str, (*self._key, *drawn_at)))) if drawn_at is not None and self.task.draws else None
         example = self.task.example(record, draw)
         for piece in example.pieces:
-            check_characters(piece.text)
+            check_text(piece.text)
         return example
 
     def _report_skipped(self) -> None:

@@ -46,9 +46,8 @@ class Shots:
         UserError if too few other examples are left to show."""
         if not self._num_shots:
             return example
-        draw = Random(f"shots/{self._seed}/{number}")
-        groups = [[shot for shot in group if shot.text != example.text] for group in self._by_label]
-        groups = [draw.sample(group, min(len(group), self._num_shots)) for group in groups if group]
+        draw, asked = Random(f"shots/{self._seed}/{number}"), example.text
+        groups = [self._others(group, asked, draw) for group in self._by_label]
         draw.shuffle(groups)
         shots: list[Example] = []
         while len(shots) < self._num_shots and any(groups):
@@ -63,3 +62,14 @@ class Shots:
         draw.shuffle(shown)
         prefix = "".join(shot.text + SEPARATOR for shot in shown)
         return Example(pieces=(Piece(prefix, False), *example.pieces), label=example.label)
+
+    def _others(self, group: list[Example], asked: str, draw: Random) -> list[Example]:
+        """As many of ``group`` as a prompt shows, or all, whose text is not ``asked``. Looks at a few only, as a pool may be a whole
+        training set and every prompt asks: more are drawn where too many were that text."""
+        num = self._num_shots + 1
+        while True:
+            drawn = draw.sample(group, min(num, len(group)))
+            others = [shot for shot in drawn if shot.text != asked][: self._num_shots]
+            if len(others) == self._num_shots or num >= len(group):
+                return others
+            num *= 2

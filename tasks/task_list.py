@@ -25,7 +25,7 @@ PLAIN_TASK = "records"  # of sources that name none
 HF = "hf:"
 
 _NAME = r"[A-Za-z_][\w-]*"
-_ITEM = re.compile(rf"""\s*(?:{_NAME}\s*=\s*)?(?:"[^"]*"[^,]*|'[^']*'[^,]*|[^,"'][^,]*|)""")
+_ITEM = re.compile(rf"""\s*(?:{_NAME}\s*=\s*)?(?:"[^"]*"[^,]*|'[^']*'[^,]*|[^,]*)""")
 _TASK = re.compile(rf"({_NAME})\s*=(.*)", re.DOTALL)
 _SPLIT = re.compile(r"(.+)@([\w.-]+)")
 _QUOTED = re.compile(rf"""(?:{_NAME}\s*=\s*)?(?:"[^"]*"|'[^']*')(?:@[\w.-]+)?(?::[^:"']*)?""")
@@ -88,21 +88,15 @@ def _quoted(item: str) -> str:
 
 
 def _items(text: str) -> list[str]:
-    """Split at the commas outside of quotes."""
+    """Split at the commas outside of quoted sources."""
     items, at = [], 0
     while True:
         found = _ITEM.match(text, at)
-        assert found is not None, "the pattern matches nothing at all as well"
+        assert found is not None, "the pattern matches nothing at all as well, and stops at commas only"
         items.append(found.group())
-        at = found.end()
-        if at >= len(text):
+        if found.end() == len(text):
             return items
-        if text[at] != ",":
-            raise UserError(
-                f"{RULE}; behind {text[:at].rpartition(',')[2]!r} in {text!r} a quote opens that is not closed. Close it, or put the "
-                "source into the other kind of quotes."
-            )
-        at += 1
+        at = found.end() + 1
 
 
 def _parse(item: str, text: str, known: Mapping[str, str | None]) -> TaskSpec:
@@ -114,7 +108,7 @@ def _parse(item: str, text: str, known: Mapping[str, str | None]) -> TaskSpec:
     if named and not is_url(item):
         if named[1] in known:
             task, source = named[1], named[2].strip()
-        elif not named[2].startswith(("=", "&")):
+        else:
             raise UserError(
                 f"There is no task {named[1]!r} (in {item!r}). Tasks are: {', '.join(known)}; a path with = in it needs quotes."
             )
@@ -133,7 +127,7 @@ def _parse(item: str, text: str, known: Mapping[str, str | None]) -> TaskSpec:
 
 def _without_weight(item: str) -> tuple[str, float]:
     head, colon, tail = item.rpartition(":")
-    if not colon or not head.strip():
+    if not colon or not head.strip() or item[-1] in "\"'":  # a colon in quotes is the source's
         return item, 1.0
     weight = _number(tail)
     if weight is not None:
@@ -154,10 +148,11 @@ def _number(text: str) -> float | None:
 def _without_split(source: str) -> tuple[str, str | None]:
     """SOURCE and SPLIT; quotes are taken off. An @ in an address belongs to the address unless that is quoted."""
     if source[:1] in ('"', "'"):
-        quote = source[0]
-        inner, _, rest = source[1:].partition(quote)
-        if rest and not rest.startswith("@"):
+        inner, closing, rest = source[1:].partition(source[0])
+        if not closing:
+            raise UserError(f"{RULE}; a quote opens in {source!r} and is not closed. Close it, or put the other kind around the source.")
+        if rest and not re.fullmatch(r"@[\w.-]+", rest):
             raise UserError(f"{RULE}; behind the closing quote of {source!r} stands {rest!r}. Write @SPLIT or :WEIGHT there, or nothing.")
         return inner, rest[1:] or None
     found = None if is_url(source) else _SPLIT.fullmatch(source)
-    return (found[1], found[2]) if found and "/" not in found[2] else (source, None)
+    return (found[1], found[2]) if found else (source, None)

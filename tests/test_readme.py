@@ -17,6 +17,7 @@ SMALL = {
     r"--checkpoint-steps \d+": "--checkpoint-steps 2",
     r"CHECKPOINT_STEPS=\d+": "CHECKPOINT_STEPS=2",
     r"--seq-length \d+": "--seq-length 32",
+    r"--evaluation-steps \d+": "--evaluation-steps 2",
     r"SEQ_LENGTH=\d+": "SEQ_LENGTH=32",
     r"/2000\b": "/4",
 }
@@ -43,6 +44,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, tasks
     shutil.copytree(model_folder, copy / "hub" / "EleutherAI_gpt-j-6b")
     shutil.copy(tasks[0], copy / "my_texts.jsonl")
     shutil.copy(tasks[1], copy / "my_chats.jsonl")
+    for name, start in (("my_labels.csv", 0), ("my_held_out.csv", 40)):
+        rows = [f"dog {n} barks,{'good' if n % 2 else 'bad'}" for n in range(start, start + 20)]
+        (copy / name).write_text("\n".join(["text,label", *rows, ""]))
     return copy
 
 
@@ -62,7 +66,7 @@ def run(checkout: Path, name: str) -> str:
 
 
 def test_the_readmes_commands_work_from_the_first_to_the_last(checkout: Path) -> None:
-    assert list(blocks()) == ["convert", "script", "by hand", "torchrun", "back", "memory", "lora", "timeline"]
+    assert list(blocks()) == ["convert", "script", "by hand", "torchrun", "back", "memory", "lora", "timeline", "evaluate"]
     run(checkout, "convert")
     assert (checkout / "pretrained_models" / "EleutherAI_gpt-j-6b" / "layer_03.safetensors").exists()
     for name, folder in (("script", "mine"), ("by hand", "by_hand"), ("torchrun", "torchrun")):
@@ -78,12 +82,15 @@ def test_the_readmes_commands_work_from_the_first_to_the_last(checkout: Path) ->
     assert (checkout / "my-gptj-lora" / "model.safetensors").exists()
     assert "exposed communication" in run(checkout, "timeline")
     assert (checkout / "timeline.png").stat().st_size > 1000
+    assert "McNemar" in run(checkout, "evaluate")
+    assert (checkout / "confusion.png").stat().st_size > 1000
+    assert log_rows(checkout / "model_checkpoints" / "labels")[-1]["step"] == 4
 
 
 def test_every_flag_setting_and_file_that_the_readme_names_exists() -> None:
     text = (REPOSITORY / "README.md").read_text()
     flags = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", text)) - {"--help", "--nproc-per-node"}
-    help_texts = (REPOSITORY / "docs" / "flags.md").read_text() + "--config"
+    help_texts = "".join((REPOSITORY / "docs" / name).read_text() for name in ("flags.md", "evaluation_flags.md")) + "--config"
     tools = [*(REPOSITORY / "converters").glob("*.py"), *(REPOSITORY / "checkpoint" / name for name in ("gather.py", "inspect.py"))]
     help_texts += "".join(path.read_text() for path in tools)
     assert not [flag for flag in flags if flag not in help_texts]

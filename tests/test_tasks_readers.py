@@ -16,11 +16,13 @@ from packing_helpers import open_plainly
 import tasks.lines
 import tasks.order
 import tasks.readers
-from tasks.lines import JSON_LINE, IndexedLines, forward_lines
+import tasks.streams
+from tasks.lines import IndexedLines
 from tasks.order import Ordered, Shuffled, Windowed, shuffled
 from tasks.prompts import TaskOptions, tasks_by_name
-from tasks.readers import Documents, ReadingRules
-from tasks.records import OnBadRecord
+from tasks.readers import Documents, ReadingRules, open_documents
+from tasks.records import OnBadRecord, record_of_line
+from tasks.streams import forward_lines
 from tasks.task_list import parse_task_list
 from user_error import UserError
 
@@ -129,6 +131,19 @@ def test_shuffles_are_the_same_for_ever() -> None:
     assert shuffled(12, 1, 2, 3).tolist() == [11, 0, 4, 8, 6, 10, 5, 1, 3, 9, 2, 7]
 
 
+def test_the_order_of_a_file_is_that_of_the_first_version(tmp_path: Path) -> None:
+    """Written down by the reader that knew .jsonl files alone (and windows of 8): its runs resume where they stopped."""
+    lines = [line(str(n)) for n in range(20)]
+    rules = ReadingRules(shuffle_window=8)
+    for name, order in (
+        ("a.jsonl", [12, 8, 4, 7, 6, 0, 9, 5, 17, 14, 1, 19, 15, 18, 3, 11, 16, 10, 2, 13]),
+        ("a.jsonl.zst", [4, 1, 7, 3, 0, 6, 2, 5, 9, 10, 13, 15, 8, 14, 12, 11, 16, 17, 19, 18]),
+    ):
+        (spec,) = parse_task_list(str(write(tmp_path / name, lines)))
+        _opened.append(open_documents(spec, tasks_by_name(TaskOptions()), seed=1, place=0, rules=rules))
+        assert [int(_opened[-1].next_good(1, position).example.text) for position in range(20)] == order
+
+
 def test_compressed_files_are_shuffled_within_windows(path: Path) -> None:
     (order,) = passes(opened(write(path, [line(str(n)) for n in range(50)])), 1)
     windows = [sorted(map(int, order[start : start + 16])) for start in (0, 16, 32, 48)]
@@ -170,7 +185,7 @@ def test_frames_laid_end_to_end_are_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read_bytes", [1, 7])
 def test_frames_and_lines_may_be_cut_anywhere_by_the_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int) -> None:
-    monkeypatch.setattr(tasks.lines, "ZST_READ_BYTES", read_bytes)
+    monkeypatch.setattr(tasks.streams, "ZST_READ_BYTES", read_bytes)
     monkeypatch.setattr(tasks.lines, "SCAN_BYTES", read_bytes)
     lines = [line(f"é {n}") for n in range(20)]
     zst = write(tmp_path / "a.jsonl.zst", lines[:9])
@@ -299,9 +314,9 @@ def test_a_pass_that_turns_out_to_be_all_bad_is_an_error_and_no_endless_loop(pat
     write(path, [b"oops"] * 40)
     records: Ordered
     if path.suffix == ".zst":
-        records = Windowed(forward_lines(path, "a", JSON_LINE), name="a", key=(1, 0))
+        records = Windowed(forward_lines(path, "a", ".zst", record_of_line), name="a", key=(1, 0))
     else:
-        records = Shuffled(IndexedLines(path, "a", JSON_LINE), key=(1, 0))
+        records = Shuffled(IndexedLines(path, "a", record_of_line), key=(1, 0))
     rules = ReadingRules(on_bad_record="skip")
     documents = Documents(records, name="a", num_bytes=0, fingerprint="", seed=1, place=0, rules=rules)
     documents.bind(tasks_by_name(TaskOptions())["records"])

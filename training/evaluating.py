@@ -36,7 +36,7 @@ from training.assembly import WeightTaker, assemble_stage
 from training.config import Config
 from training.data import TextEncoder, load_text_encoder, sources_of
 from training.evaluation_config import EvalConfig
-from training.evaluation_results import Answers, EvaluationResults, about, check_drawable, judged_rows
+from training.evaluation_results import Answers, EvaluationResults, about, check_drawable, check_writable, judged_rows
 from training.evaluator import Evaluator
 from training.forward_only import ForwardOnly
 from training.job import Job, all_say, meet
@@ -114,6 +114,7 @@ def _subject(config: EvalConfig) -> tuple[Config, Adapter | None]:
 def _open_desk(job: Job, config: EvalConfig, cleanup: ExitStack) -> _Desk:
     """On rank 0, before any weight is read. Raises UserError for data that cannot be evaluated as asked, and packages that are missing."""
     assert config.evaluation_data is not None, "complete_eval requires it on rank 0"
+    check_writable(config.json, config.output, config.confusion_png)
     if config.confusion_png is not None:
         check_drawable()
     num_positions = job.model_config.num_positions

@@ -50,7 +50,11 @@ class EvaluationResults:
     def as_json(self) -> dict[str, Any]:
         """For --json: everything but the examples."""
         plain = {"model": self.model, "num_examples": self.num_examples, "seconds": self.seconds}
-        loss = {} if self.loss is None else {"loss": self.loss, "perplexity": self.perplexity, "target_tokens": self.target_tokens}
+        loss = (
+            {}
+            if self.loss is None
+            else {"loss": finite(self.loss), "perplexity": finite(self.perplexity), "target_tokens": self.target_tokens}
+        )
         ways = {"accuracy": self.accuracy, "labels": self.labels}
         return {**plain, **loss, **{name: answers.as_json() for name, answers in ways.items() if answers is not None}}
 
@@ -125,6 +129,19 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def finite(value: float | None) -> float | None:
+    """``value``, or None (JSON's null) where JSON has no number for it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def check_writable(*paths: str | None) -> None:
+    """Raise UserError, before anything is evaluated, for files of results that could not be written."""
+    for path in (Path(name) for name in paths if name not in (None, "-")):
+        with explained_disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+
+
 def check_drawable() -> None:
     """Raise UserError without matplotlib."""
     try:
@@ -190,7 +207,7 @@ def _read_examples(path: Path) -> list[dict[str, Any]]:
 
 def _examples(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines: Sequence[str] = path.read_text(encoding="utf-8").splitlines()
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]  # not at U+2028, which stands in texts
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--compare must name two readable files of --output; {path}: {error}") from error
     for number, line in enumerate(lines, start=1):

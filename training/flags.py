@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 
+from tasks.task_list import join_items
 from user_error import UserError
 
 Settings = TypeVar("Settings")
@@ -121,6 +122,7 @@ def _argv_of_config_file(argv: Sequence[str], settings: type) -> list[str]:
     if not isinstance(entries, dict):
         raise UserError(f"--config must hold one mapping of flags by name (total-steps: 2000); {path} holds a {type(entries).__name__}")
     known = {field.name for field in dataclasses.fields(settings)}
+    hints = typing.get_type_hints(settings)
     argv = []
     for key, value in entries.items():
         name = str(key).lstrip("-").replace("-", "_")
@@ -129,11 +131,25 @@ def _argv_of_config_file(argv: Sequence[str], settings: type) -> list[str]:
             raise UserError(
                 f"{path}: {key!r} is not a flag" + (f"; did you mean {near[0].replace('_', '-')!r}?" if near else "; see --help")
             )
+        if isinstance(value, list) and _argparse_type(hints[name]).get("type") is str:
+            value = _joined(value, f"{path}: {key!r}")
         if isinstance(value, (list, dict)):
             raise UserError(f"{path}: {key!r} must be one value as on the command line, not a {type(value).__name__}")
         if value is not None:
             argv.append(f"{flag_name(name)}={value}")
     return argv
+
+
+def _joined(items: list[Any], where: str) -> str:
+    """A list in the file as the comma list that it is on the command line. Raises UserError."""
+    odd = [item for item in items if isinstance(item, bool) or not isinstance(item, (str, int, float))]
+    if odd or not items:
+        seen = f"one of them is {odd[0]!r} (quote what holds a colon and a space)" if odd else "it is empty"
+        raise UserError(f"{where} must be a value, or a list of values as between the commas of the command line; {seen}")
+    try:
+        return join_items(items)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def describe_flags(settings: type) -> str:

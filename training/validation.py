@@ -27,7 +27,7 @@ from tasks.packing import PackingRules, num_targets
 from tasks.readers import ReadingRules
 from training.config import Config
 from training.data import TextEncoder, packing_rules, sources_of
-from training.evaluation_results import about, judged_rows, write_examples
+from training.evaluation_results import about, finite, judged_rows, write_examples
 from training.evaluator import Evaluator
 from training.forward_only import make_decoder
 from training.gradient import GlobalGradient
@@ -75,7 +75,7 @@ class Evaluation:
     def row(self, step: int) -> dict[str, Any]:
         """A line of evaluation_log.jsonl, and what Weights & Biases gets."""
         judged = {} if self.counts is None else {"accuracy": self.counts.accuracy, **asdict(self.counts)}
-        own = {"loss": self.loss, "perplexity": self.perplexity, "target_tokens": self.num_targets}
+        own = {"loss": finite(self.loss), "perplexity": finite(self.perplexity), "target_tokens": self.num_targets}
         return {"step": step, **own, **judged, "seconds": self.seconds}
 
     def __str__(self) -> str:
