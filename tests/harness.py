@@ -135,7 +135,7 @@ def launch(
     """Fork ranks that run dist_clm_train.main. ``before`` runs in each child first (to plant a fault)."""
     import dist_clm_train
 
-    return launch_main(dist_clm_train.main, argv_of_rank, world_size, folder, before)
+    return launch_main(lambda argv: dist_clm_train.main(argv), argv_of_rank, world_size, folder, before)
 
 
 def launch_main(
@@ -145,7 +145,7 @@ def launch_main(
     folder: Path,
     before: Callable[[int], None] | None = None,
 ) -> list[Process]:
-    """The same of any script's main."""
+    """The same of any script's main, which the caller looks up late: ``before`` may have replaced it."""
 
     def rank_main(rank: int) -> int:
         if before is not None:
@@ -171,7 +171,14 @@ def train(
     import dist_clm_train
 
     return run_script(
-        dist_clm_train.main, folder, stages=stages, replicas=replicas, expect=expect, timeout_s=timeout_s, before=before, **flags
+        lambda argv: dist_clm_train.main(argv),
+        folder,
+        stages=stages,
+        replicas=replicas,
+        expect=expect,
+        timeout_s=timeout_s,
+        before=before,
+        **flags,
     )
 
 
@@ -181,7 +188,9 @@ def evaluate(
     """The same with dist_clm_eval.py."""
     import dist_clm_eval
 
-    return run_script(dist_clm_eval.main, folder, stages=stages, replicas=replicas, expect=expect, timeout_s=timeout_s, **flags)
+    return run_script(
+        lambda argv: dist_clm_eval.main(argv), folder, stages=stages, replicas=replicas, expect=expect, timeout_s=timeout_s, **flags
+    )
 
 
 def run_script(

@@ -147,8 +147,12 @@ def training_flags(flags: dict[str, Any]) -> dict[str, Any]:
 
 def evaluated(flags: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {
-        **{"evaluation_data": flags["task_name"], "evaluation_steps": 2, "evaluation_metric": "accuracy"},
-        **{"evaluation_max_new_tokens": NEW_TOKENS, "evaluation_batch_size": 6, "keep_best": True},
+        "evaluation_data": flags["task_name"],
+        "evaluation_steps": 2,
+        "evaluation_metric": "accuracy",
+        "evaluation_max_new_tokens": NEW_TOKENS,
+        "evaluation_batch_size": 6,
+        "keep_best": True,
         **more,
     }
 

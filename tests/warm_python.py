@@ -17,6 +17,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -144,7 +145,10 @@ def _become(told: dict, streams: "array.array[int]") -> None:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         elif what == "-":
             sys.argv.insert(0, what)
-            exec(compile(sys.stdin.read(), "<stdin>", "exec"), {"__name__": "__main__"})
+            with tempfile.NamedTemporaryFile("w", suffix=".py") as program:
+                program.write(sys.stdin.read())
+                program.flush()
+                runpy.run_path(program.name, run_name="__main__")
         else:
             sys.argv.insert(0, what)
             runpy.run_path(what, run_name="__main__")

@@ -59,10 +59,10 @@ class Config(ReadingConfig):
 
     task_name: str | None = flag(
         None,
-        "what to train on: SOURCE[:WEIGHT],... or a YAML list of those. A source is a file (.jsonl, .json, .csv, .tsv, .parquet, "
-        "also .zst), "
-        "a folder, a glob, a URL, hf:DATASET[/CONFIG]@SPLIT, or TASK=SOURCE for one of the tasks in docs/tasks.md; weights are token "
-        "shares, 1.0 where left out, normalised. Read by rank 0 alone; required there",
+        "what to train on: SOURCE[:WEIGHT],... or a YAML list of those. A source is a file (.jsonl, .json, .csv, .tsv, .parquet; the text "
+        "formats also .zst or .gz), a folder, a glob, a URL, hf:DATASET[/CONFIG]@SPLIT, or TASK=SOURCE for one of the tasks in "
+        "docs/tasks.md; "
+        "weights are shares of sequences, 1.0 where left out, normalised. Read by rank 0 alone; required there",
         group=DATA,
     )
     seq_length: int = flag(1024, "token ids per sequence", group=DATA)

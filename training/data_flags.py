@@ -27,7 +27,7 @@ def data_problems(config: Config) -> list[str]:
 def reading_problems(config: ReadingConfig, sources: list[str | None]) -> list[str]:
     """Rules of the flags that say how records become text. ``sources``: the task lists of this rank; None: a flag left out."""
     named = [source for source in sources if source]
-    if not named or any("classification" in source for source in named) or config.task_module is not None:
+    if not named or any("classification=" in source.replace(" ", "") for source in named) or config.task_module is not None:
         return []
     flags = {
         "--text-column": config.text_column is not None,
