@@ -9,7 +9,7 @@ whose streams NEP 19 froze; the newer Generator may change between releases.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -37,7 +37,10 @@ class Ordered(Protocol):
         """What stands at this place of this pass' order; raises LookupError behind the last one; None for a blank line."""
 
     def in_file_order(self) -> Iterator[Numbered]:
-        """All of them as they stand, blank lines left out."""
+        """Those that are used, as they stand, blank lines left out."""
+
+    def unused_too(self) -> Iterator[Numbered]:
+        """All that the source has, likewise."""
 
     def close(self) -> None:
         """Closes the files."""
@@ -96,8 +99,14 @@ class Shuffled:
         return self._records.get(number)
 
     def in_file_order(self) -> Iterator[Numbered]:
-        for number in range(len(self._records)) if self._subset is None else self._subset:
-            found = self._records.get(int(number))
+        return self._those(range(len(self._records)) if self._subset is None else self._subset.tolist())
+
+    def unused_too(self) -> Iterator[Numbered]:
+        return self._those(range(len(self._records)))
+
+    def _those(self, numbers: Iterable[int]) -> Iterator[Numbered]:
+        for number in numbers:
+            found = self._records.get(number)
             if found is not None:
                 yield found
 
@@ -138,6 +147,10 @@ class Windowed:
 
     def in_file_order(self) -> Iterator[Numbered]:
         for stored in self._stored():
+            yield stored.numbered()
+
+    def unused_too(self) -> Iterator[Numbered]:
+        for stored in self._forward():
             yield stored.numbered()
 
     def close(self) -> None:

@@ -82,7 +82,8 @@ class Documents:
             raise error if self.name in str(error) else UserError(f"{self.name}: {error}") from error
 
     def _good_records(self) -> Iterator[Record]:
-        for _, record in self._records.in_file_order():
+        """Of the whole source: --max-train-samples and --max-eval-samples change no label and so no prompt."""
+        for _, record in self._records.unused_too():
             if not isinstance(record, BadRecordError):
                 yield record
 
