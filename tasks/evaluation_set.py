@@ -109,7 +109,7 @@ class EvaluationSet:
     def sequences(self, encoder: Encoder, rules: PackingRules) -> Iterator[np.ndarray]:
         """(NUM_PLANES, T) int32 each: all documents packed in the way of ``rules``, the last sequence padded."""
         documents = self._encoded(encoder)
-        if rules.long_documents == "truncate" and rules.mode != "concat":
+        if rules.long_documents == "truncate":
             documents = (Encoded(ids=d.ids[: rules.seq_length], is_target=d.is_target[: rules.seq_length]) for d in documents)
         if rules.mode == "concat":
             yield from _blocks(documents, rules.seq_length, encoder.eos_token_id)

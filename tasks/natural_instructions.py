@@ -9,7 +9,6 @@ Files are parsed when an instance of theirs is asked for, and the last ones kept
 """
 
 import bisect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -19,6 +18,7 @@ from typing import Any
 
 from tasks import forms
 from tasks.examples import BadRecordError, Example, Piece, Record
+from tasks.records import value_of_json
 from user_error import UserError
 
 TRAIN_TASKS = "splits/default/train_tasks.txt"
@@ -66,6 +66,8 @@ class InstructionTask:
         instances = record.get("Instances")
         if instances is None:  # a line of its own
             instances, number = [{"input": record.get("input"), "output": record.get("output")}], 0
+        elif "number" not in record:  # InstructionRecords adds it
+            raise BadRecordError("a whole task in one record; tasks with their instances are one .json file per task")
         else:
             number = record["number"]
         definition = _definition(record)
@@ -85,12 +87,13 @@ class InstructionTask:
 def _page(definition: str, instances: Sequence[Mapping[str, Any]], number: int, draw: Random) -> Iterator[Piece]:
     notation, separator = draw.choice(NOTATIONS), draw.choice(SEPARATORS)
     head = [definition] if draw.random() < 2 / 3 else []
-    outputs = sorted({str(output) for instance in instances for output in _outputs(instance)})
+    usable = [place for place, instance in enumerate(instances) if place == number or _is_usable(instance)]
+    outputs = sorted({output for place in usable for output in _outputs(instances[place])})
     if len(outputs) <= FEW_LABELS and draw.random() < 1 / 2:
         head.append("\n".join(["Possible labels:", *(f"{place}. {output}" for place, output in enumerate(outputs, start=1))]))
     if head:
         yield Piece("\n\n".join(head) + separator, False)
-    others = [place for place in range(len(instances)) if place != number]
+    others = [place for place in usable if place != number]
     draw.shuffle(others)
     at = draw.randrange(len(others) + 1) if len(others) < 8 else draw.randrange(8)  # the record itself stands somewhere among the first
     num_chars = 0
@@ -111,6 +114,14 @@ def _instance(instance: Mapping[str, Any], notation: tuple[str, str], draw: Rand
     output = outputs[0] if draw is None else draw.choice(outputs)
     made = forms.prompted(f"{notation[0]}{given.strip()}{notation[1]}", f" {output.strip()}")
     return made.pieces[0], made.pieces[1]
+
+
+def _is_usable(instance: Mapping[str, Any]) -> bool:
+    """Whether another one's page may show it: a bad instance is told in its own turn, and spoils no page but its own."""
+    try:
+        return isinstance(instance.get("input"), str) and all(output.strip() for output in _outputs(instance))
+    except BadRecordError:
+        return False
 
 
 def _outputs(instance: Mapping[str, Any]) -> list[str]:
@@ -137,7 +148,11 @@ def _task_files(path: Path) -> tuple[Path, ...]:
         return (path,)
     listing = path / TRAIN_TASKS
     if listing.is_file():
-        files = tuple(path / "tasks" / f"{name}.json" for name in listing.read_text(encoding="utf-8").split())
+        try:
+            names = listing.read_text(encoding="utf-8-sig").split()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{rule}; {listing}, which names its tasks, is not UTF-8: {error}. Write it anew.") from error
+        files = tuple(path / "tasks" / f"{name}.json" for name in names)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"{rule}; {listing} names {', '.join(missing[:5])}, not in {path / 'tasks'}. Fetch them, or shorten the list.")
@@ -151,8 +166,10 @@ def _task_files(path: Path) -> tuple[Path, ...]:
 def _parse_file(file: Path) -> dict[str, Any]:
     """Definition and instances of a task file."""
     try:
-        task = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        task = value_of_json(file.read_bytes())
+        if isinstance(task, BadRecordError):
+            raise ValueError(str(task))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"A task file of Natural Instructions must be one JSON object in UTF-8; {file}: {error}. Fetch it again."
         ) from error

@@ -125,9 +125,12 @@ def task(
         def make(record: Record) -> Example:
             try:
                 made = function(record)
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                fields = forms.named_fields(record)
-                raise BadRecordError(f"task {name} met {type(error).__name__}: {error}; its fields are {fields}") from error
+            except BadRecordError:
+                raise
+            except Exception as error:  # whatever a user's function may do wrong
+                file = Path(function.__code__.co_filename)
+                where, fields = f"{file.name}:{_line_in(file, error)}", forms.named_fields(record)
+                raise BadRecordError(f"task {name} met {type(error).__name__}: {error}; its fields are {fields} ({where})") from error
             return _example_of_user(name, made, all_labels)
 
         return Task(name=name, bind=lambda records: PlainTask(make=make, labels=all_labels, read=answer), default_path=default_path)
@@ -137,7 +140,7 @@ def task(
 
 def load_task_module(path: str) -> list[Task]:
     """The tasks in a Python file of the user's, which is run. Raises UserError: no such file, an error in it, no task in it."""
-    file = Path(path).expanduser()
+    file = Path(path).expanduser().absolute()
     rule = "--task-module must be a Python file with functions marked @task (docs/tasks.md)"
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{rule}; {path} is {'no file' if not file.is_file() else 'not named .py'}. Check the path")
@@ -148,9 +151,7 @@ def load_task_module(path: str) -> list[Task]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file may do wrong
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
-        raise UserError(f"{rule}; {file}:{line}: {type(error).__name__}: {error}. Correct it") from error
+        raise UserError(f"{rule}; {file}:{_line_in(file, error)}: {type(error).__name__}: {error}. Correct it") from error
     found = [value for value in vars(module).values() if isinstance(value, Task)]
     if not found:
         raise UserError(f"{rule}; {file} has none. Mark one, as in: @task('reviews')")
@@ -158,6 +159,14 @@ def load_task_module(path: str) -> list[Task]:
     if len(set(names)) < len(names):
         raise UserError(f"{rule}, each of another name; {file} has {', '.join(names)}. Rename one")
     return found
+
+
+def _line_in(file: Path, error: Exception) -> int:
+    """The line of ``file`` in which ``error`` arose, the deepest if it went through several."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return error.lineno or 1
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return (lines[-1] if lines else None) or 1
 
 
 def _example_of_user(name: str, made: Any, labels: tuple[str, ...] | None) -> Example:
