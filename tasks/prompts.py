@@ -75,7 +75,7 @@ class PlainTask:
     def answer(self, generated: str) -> str:
         """See BoundTask."""
         if self.read is not None:
-            return self.read(generated)
+            return _answer_of_user(self.read, generated)
         text = generated.strip()
         return text.partition("\n")[0].strip() if self.labels is not None else text
 
@@ -182,6 +182,17 @@ def _example_of_user(name: str, made: Any, labels: tuple[str, ...] | None) -> Ex
     if labels is not None and label not in labels:
         raise BadRecordError(f"label {label!r} is not one of {', '.join(labels)}")
     return forms.prompted(prompt, forms.answer_behind(prompt, completion), label=label)
+
+
+def _answer_of_user(read: Callable[[str], str], generated: str) -> str:
+    rule = "the answer function of a task takes generated text, whatever it is, and returns a string"
+    try:
+        answer = read(generated)
+    except Exception as error:  # whatever a user's function may do wrong
+        raise UserError(f"{rule}; given {generated[:60]!r} it met {type(error).__name__}: {error}. Correct it") from error
+    if not isinstance(answer, str):
+        raise UserError(f"{rule}; given {generated[:60]!r} it returned {type(answer).__name__}. Correct it")
+    return answer
 
 
 def _bind_records(records: Records) -> BoundTask:

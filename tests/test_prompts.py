@@ -145,6 +145,14 @@ def test_a_module_of_the_users_adds_tasks(tmp_path: Path) -> None:
     assert shown(bound("lines", module=str(path)).example({"line": "x"}, None)) == "«x»"
 
 
+@pytest.mark.parametrize(("answer", "seen"), [("text[0]", "it met IndexError"), ("len(text)", "it returned int")])
+def test_an_answer_function_that_fails_is_said(answer: str, seen: str, tmp_path: Path) -> None:
+    path = tmp_path / "my_tasks.py"
+    path.write_text(f"from tasks.prompts import task\n@task('a', answer=lambda text: {answer})\ndef f(record):\n    return 'a', 'b'\n")
+    with pytest.raises(UserError, match=f"takes generated text.*{seen}"):
+        bound("a", module=str(path)).answer("")
+
+
 @pytest.mark.parametrize(
     ("source", "seen"),
     [
