@@ -17,6 +17,7 @@ import numpy as np
 from modules.lm_ops import IGNORED_TARGET
 from tasks.encoding import Encoded, Encoder
 from tasks.examples import BadRecordError, BoundTask, Example, Piece
+from tasks.metrics import Verdict, judge
 from tasks.packing import NUM_PLANES, PackingRules
 from tasks.readers import Documents
 from user_error import UserError
@@ -40,6 +41,16 @@ class EvaluationExample:
         """What the answer is compared with, after the same post-processing as the answer."""
         label = self.example.label
         return self.task.answer(self.example.completion if label is None else label)
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """All that an answer may be, after that post-processing."""
+        return None if self.task.labels is None else tuple(dict.fromkeys(map(self.task.answer, self.task.labels)))
+
+    def judge(self, answer: str, *, ended: bool = True) -> Verdict:
+        """Of an answer after that post-processing."""
+        is_as_good = answer in map(self.task.answer, self.example.as_good)
+        return judge(answer, answer if is_as_good else self.expected, self.labels, ended=ended)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +105,12 @@ class EvaluationSet:
     @property
     def labels(self) -> tuple[str, ...] | None:
         """The labels that all sources share; None if any has others, or none."""
-        found = {example.task.labels for example in self.examples}
+        found = {labels for task in {id(e.task): e for e in self.examples}.values() for labels in [task.labels]}
         return found.pop() if len(found) == 1 else None
+
+    def fingerprint(self) -> str:
+        """Hex digits of all records."""
+        return hashlib.sha256("".join(example.fingerprint for example in self.examples).encode()).hexdigest()[:16]
 
     def check_answerable(self) -> None:
         """Raise UserError unless every record has something that an answer can be compared with."""

@@ -26,10 +26,12 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One document. label: the answer by which it is judged, where the task has labels or completions."""
+    """One document. label: the answer by which it is judged, where the task has labels or completions. as_good: other answers that are
+    right too."""
 
     pieces: tuple[Piece, ...]
     label: str | None = None
+    as_good: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

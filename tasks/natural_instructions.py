@@ -72,7 +72,8 @@ class InstructionTask:
             number = record["number"]
         definition = _definition(record)
         if draw is None:
-            return Example(pieces=(Piece(f"{definition}\n\n", False), *_instance(instances[number], NOTATIONS[0], None)))
+            pieces = (Piece(f"{definition}\n\n", False), *_instance(instances[number], NOTATIONS[0], None))
+            return Example(pieces=pieces, as_good=tuple(_outputs(instances[number])))
         return Example(pieces=tuple(_page(definition, instances, number, draw)))
 
     def completion_of(self, label: str) -> str:

@@ -51,6 +51,7 @@ class TaskOptions:
 
     text_column: str | None = None
     label_column: str | None = None
+    labels: str | None = None
     classification_prompt: Literal["instruction", "raw"] = "instruction"
 
 
@@ -247,6 +248,8 @@ def _bind_classification(records: Records, options: TaskOptions) -> BoundTask:
         if value is not None and str(value).strip():
             labels.add(str(value).strip())
     text, label = columns or ("text", "label")
+    if options.labels is not None:
+        labels = {name.strip() for name in options.labels.split(",") if name.strip()}
     return PlainTask(make=_Classification(text, label, tuple(sorted(labels)), options.classification_prompt), labels=tuple(sorted(labels)))
 
 

@@ -25,6 +25,10 @@ def test_a_program_trains_goes_on_and_evaluates(model_folder: Path, tasks: list[
         assert found.loss is not None
         assert found.perplexity is not None
         assert len(found.examples) == found.num_examples == 10
+        with pytest.raises(UserError, match=r"none\.jsonl"):
+            training.evaluate(model_folder, tmp_path / "none.jsonl", num_threads=1, device="cpu")
+        after = training.evaluate(again.checkpoint, tasks[1], max_eval_samples=10, seq_length=32, num_threads=1, device="cpu")
+        assert after.loss == found.loss, "a mistake leaves nothing behind"
         return 0
 
     process = fork(program, tmp_path / "program.txt")
@@ -38,6 +42,8 @@ def test_what_is_wrong_is_raised_in_the_words_of_the_command_line(model_folder: 
         training.run(model_name=model_folder, total_step=2)
     with pytest.raises(UserError, match="--task-name is required"):
         training.run(model_name=model_folder, total_steps=2, checkpoint_path=tmp_path)
+    with pytest.raises(UserError, match="total-steps"):
+        training.run(model_name=model_folder, total_steps="two", checkpoint_path=tmp_path)
     with pytest.raises(UserError, match="a Config or flags"):
         training.run(Config(), total_steps=2)
     with pytest.raises(UserError, match="--metric must be one or more of"):

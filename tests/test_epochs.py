@@ -10,6 +10,7 @@ import pytest
 from harness import log_rows, train
 from packing_helpers import make_encoder, open_plainly
 
+from tasks.mixture import draw_task
 from tasks.packing import PackingRules
 from tasks.task_list import parse_task_list
 from training.config import Config
@@ -31,6 +32,7 @@ def count(task_list: str, num_epochs: float = 1.0, accumulation: int = 1, **rule
         encoder,
         PackingRules(**{"seq_length": 10, "mode": "none", **rules}),
         num_epochs=num_epochs,
+        seed=0,
         sequences_per_step=4,
         accumulation=accumulation,
     )
@@ -46,8 +48,11 @@ def test_steps_are_passes_times_sequences_over_the_batch_rounded_up(tmp_path: Pa
 
 def test_the_task_that_lasts_longest_for_its_weight_decides(tmp_path: Path) -> None:
     short, long = write_jsonl(tmp_path / "s.jsonl", ["abc"] * 8), write_jsonl(tmp_path / "l.jsonl", ["abc"] * 40)
-    assert count(f"{short},{long}") == 20, "40 sequences at half of the draws are 80"
-    assert count(f"{short}:1,{long}:9") == 20, "8 at a tenth are 80"
+    for weights, needed in (((0.5, 0.5), (8, 40)), ((0.1, 0.9), (8, 40)), ((0.9, 0.1), (8, 40))):
+        steps = count(f"{short}:{weights[0]},{long}:{weights[1]}")
+        drawn = [draw_task(0, index, [weights[0], 1.0]) for index in range(4 * steps)]
+        assert all(drawn.count(place) >= num for place, num in enumerate(needed)), "every task was passed"
+        assert any(drawn[: 4 * (steps - 1)].count(place) < num for place, num in enumerate(needed)), "and no step is too many"
     assert count(f"{short}:0,{long}") == 10, "what is never drawn lasts no time"
 
 

@@ -189,13 +189,55 @@ def test_the_best_step_is_kept_and_named_and_known_to_a_resume(training_flags: d
     train(tmp_path / "ranks", **{**flags, "total_steps": 8})
     found = {row["step"]: row["loss"] for row in rows_of(run / "evaluation_log.jsonl")}
     best = json.loads((run / "best.json").read_text())
-    assert best == {"step": min(found, key=found.__getitem__), "metric": "loss", "value": min(found.values())}
+    assert best["metric"] == "loss"
+    assert (best["step"], best["value"]) == (min(found, key=found.__getitem__), min(found.values()))
     assert set(steps_in(run)) == {str(best["step"]), "8"}
     train(tmp_path / "ranks", **{**flags, "total_steps": 12})
     found = {row["step"]: row["loss"] for row in rows_of(run / "evaluation_log.jsonl")}
     best = json.loads((run / "best.json").read_text())
     assert (best["step"], best["value"]) == (min(found, key=found.__getitem__), min(found.values()))
     assert set(steps_in(run)) == {str(best["step"]), "12"}
+
+
+def test_another_evaluation_set_begins_anew_and_a_run_without_a_best_forgets_it(
+    training_flags: dict[str, Any], tasks: list[Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    more = {"keep_checkpoints": 1, "checkpoint_path": run, "evaluation_metric": "loss", "checkpoint_steps": 2}
+    flags = {**training_flags, **evaluated(training_flags, **more)}
+    train(tmp_path / "ranks", **{**flags, "total_steps": 4})
+    before = json.loads((run / "best.json").read_text())
+    train(tmp_path / "ranks", **{**flags, "total_steps": 6, "evaluation_data": tasks[0]})
+    now = json.loads((run / "best.json").read_text())
+    assert now["step"] == 6
+    assert now["data"] != before["data"]
+    train(tmp_path / "ranks", **{**flags, "total_steps": 8, "keep_best": False})
+    assert steps_in(run) == ["8"]
+    assert not (run / "best.json").exists()
+
+
+def test_labels_are_compared_as_answers_are(flags: dict[str, Any], questions: Path, tmp_path: Path) -> None:
+    """A task whose answers are put into small letters has labels in capitals."""
+    module = tmp_path / "my_tasks.py"
+    module.write_text(
+        "from tasks.prompts import task\n@task('loud', labels=('YES', 'NO', 'PERHAPS'), answer=lambda text: text.strip().lower())\n"
+        "def loud(record):\n    return record['text'], record['label'].upper()\n"
+    )
+    given = {**flags, "evaluation_data": f"loud={questions}", "task_module": module, "classification_prompt": None}
+    summary, examples = found_by(tmp_path, given, metric="labels,accuracy")
+    assert {row["expected"] for row in examples} == set(LABELS)
+    assert summary["labels"]["confusion"]["labels"] == ["yes", "no", "perhaps"]
+    assert sum(map(sum, summary["labels"]["confusion"]["matrix"])) == 20
+    for row in examples:
+        assert (row["label_verdict"] == "right") == (row["likeliest"].lower() == row["expected"])
+
+
+def test_named_labels_are_those_of_training_and_evaluation(flags: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "few.csv").write_text("text,label\na dog,yes\nanother,no\n")
+    given = {**flags, "evaluation_data": f"classification={tmp_path / 'few.csv'}", "classification_prompt": "instruction", "seq_length": 64}
+    _, examples = found_by(tmp_path, given, metric="labels", labels="yes,no,perhaps")
+    assert set(examples[0]["label_log_likelihoods"]) == {"yes", "no", "perhaps"}
+    assert "no, perhaps, yes" in examples[0]["prompt"]
 
 
 def test_adapters_are_evaluated_beside_their_base(training_flags: dict[str, Any], flags: dict[str, Any], tmp_path: Path) -> None:

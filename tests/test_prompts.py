@@ -192,6 +192,7 @@ def test_a_definition_is_a_string_or_a_list(definition: Any, tmp_path: Path) -> 
     assert where.endswith("task1.json: instance 2")
     asked = InstructionTask(lambda: iter(())).example(record, None)
     assert shown(asked) == "Answer the question.⏎⏎Input: question 1⏎Output:« b»"
+    assert asked.as_good == ("b", "c"), "either is right"
 
 
 def test_a_page_holds_its_own_instance_and_others_and_is_drawn_by_its_place_alone(tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ class Config(ReadingConfig):
     )
     packing: Literal["documents", "concat", "none"] = flag(
         "documents",
-        "documents: several to a sequence, which never see each other; concat: one stream cut into blocks, whose documents do, and no "
-        "target is lost at a cut; none: one document to a sequence, the rest is padding",
+        "documents: several to a sequence, which never see each other; concat: one stream cut into blocks, whose documents do; "
+        "none: one document to a sequence, the rest is padding",
         group=DATA,
     )
     packing_group: int = flag(1000, "--packing concat: documents that make one stream, of which the rest of a block is dropped", group=DATA)

@@ -27,7 +27,7 @@ log = logging.getLogger("trainer")
 
 # Flags that decide which tokens a sequence holds, besides the task list, its files and the tokenizer.
 _IDENTITY_FLAGS = (
-    *("seed", "seq_length", "on_bad_record", "text_column", "label_column", "classification_prompt"),
+    *("seed", "seq_length", "on_bad_record", "text_column", "label_column", "labels", "classification_prompt"),
     *("loss_on", "packing", "long_documents", "shuffle_window", "max_train_samples", "balance_labels"),
 )
 _TASK_MODULE, _GROUP = "contents of --task-module", "--packing-group"
@@ -138,7 +138,10 @@ def sources_of(config: ReadingConfig, task_list: str, rules: ReadingRules) -> So
     """A task list, read as the flags say; ``rules`` holds what training and evaluation say apart. Runs --task-module. Raises UserError;
     so does opening."""
     options = TaskOptions(
-        text_column=config.text_column, label_column=config.label_column, classification_prompt=config.classification_prompt
+        text_column=config.text_column,
+        label_column=config.label_column,
+        labels=config.labels,
+        classification_prompt=config.classification_prompt,
     )
     tasks = tasks_by_name(options, config.task_module)
     has_header = not any((column or "").isdigit() for column in (config.text_column, config.label_column))

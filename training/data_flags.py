@@ -32,6 +32,7 @@ def reading_problems(config: ReadingConfig, sources: list[str | None]) -> list[s
     flags = {
         "--text-column": config.text_column is not None,
         "--label-column": config.label_column is not None,
+        "--labels": config.labels is not None,
         "--classification-prompt": config.classification_prompt != ReadingConfig.classification_prompt,
     }
     return [

@@ -13,10 +13,12 @@ from typing import Any
 
 from checkpoint.manifest import step_positions
 from comms.place import place_of
+from tasks.task_list import join_items
 from training.config import Config
 from training.evaluating import evaluate_rank
 from training.evaluation_config import EvalConfig, complete_eval
 from training.evaluation_results import EvaluationResults, write_results
+from training.flags import flag_name, parse_flags
 from training.job import meet
 from training.loop import train
 from training.parsing import complete
@@ -78,12 +80,18 @@ def train_rank(config: Config) -> None:
 
 
 def make_config(settings: type[Any], flags: dict[str, Any]) -> Any:
-    """A dataclass of flags from keyword arguments. Raises UserError for names that are none, with those that are near."""
+    """A dataclass of flags from keyword arguments. Raises UserError for names that are none, with those that are
+    near, and for values that the command line would not take."""
     known = {field.name for field in dataclasses.fields(settings)}
     unknown = [name for name in flags if name not in known]
     if unknown:
         near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise UserError(f"flags are given by the names in docs/flags.md, with _ for -; unknown: {', '.join(unknown)}{hint}")
-    paths = {name: str(value) for name, value in flags.items() if isinstance(value, Path)}
-    return settings(**{**flags, **paths})
+    argv = [f"{flag_name(name)}={_as_text(value)}" for name, value in flags.items() if value is not None]
+    return parse_flags(settings, argv, "")
+
+
+def _as_text(value: Any) -> str:
+    """As the command line would have it; a list is one of --task-name's."""
+    return join_items(value) if isinstance(value, (list, tuple)) else str(value)

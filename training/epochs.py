@@ -9,13 +9,14 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import torch.distributed as dist
 
 from tasks.encoded_documents import EncodedDocuments
 from tasks.encoding import Encoder
-from tasks.mixture import OpenDocuments
+from tasks.mixture import OpenDocuments, draw_task
 from tasks.packing import PackingRules, sequences_in_pass
 from tasks.task_list import TaskSpec
 from training.config import Config
@@ -42,6 +43,7 @@ def with_total_steps(job: Job, config: Config) -> Config:
             encoder,
             packing_rules(config),
             num_epochs=config.num_train_epochs,
+            seed=config.seed,
             sequences_per_step=sequences_per_step(config),
             accumulation=config.gradient_accumulate_step,
         )
@@ -61,11 +63,12 @@ def count_steps(
     rules: PackingRules,
     *,
     num_epochs: float,
+    seed: int,
     sequences_per_step: int,
     accumulation: int,
 ) -> int:
     """Accumulation steps until every task whose weight is not 0 was passed ``num_epochs`` times. Raises UserError for bad data."""
-    needed, last = 0.0, ""
+    needed: dict[int, int] = {}  # sequences, by place
     for place, task in enumerate(tasks):
         if not task.weight:
             continue
@@ -75,12 +78,25 @@ def count_steps(
         finally:
             documents.close()
         log.info("%s: one pass is %s sequences, counted in %.1f s", documents.name, f"{num:,.1f}", time.perf_counter() - started)
-        of_task = num * num_epochs / task.weight
-        if of_task > needed:
-            needed, last = of_task, documents.name
-    steps = max(1, math.ceil(round(needed / sequences_per_step, 6))) * accumulation  # weights are rounded shares
-    log.info("--num-train-epochs %g is --total-steps %d: %s lasts longest for its weight", num_epochs, steps, last)
+        needed[place] = max(1, math.ceil(round(num * num_epochs, 6)))
+    total, last = _draws_until(needed, list(accumulate(task.weight for task in tasks)), seed)
+    steps = max(1, -(-total // sequences_per_step)) * accumulation
+    log.info("--num-train-epochs %g is --total-steps %d: %s is through last", num_epochs, steps, tasks[last].name)
     return steps
+
+
+def _draws_until(needed: Mapping[int, int], cumulative_weights: Sequence[float], seed: int) -> tuple[int, int]:
+    """How many sequences of the run's own draws it takes until every place of the list has given as many as ``needed``, and the place
+    that was the last to. The draws are a pure function of the seed, so this is no estimate."""
+    left, total, last = dict(needed), 0, 0
+    while left:
+        last = draw_task(seed, total, cumulative_weights)
+        total += 1
+        if last in left:
+            left[last] -= 1
+            if left[last] == 0:
+                del left[last]
+    return total, last
 
 
 def _lengths(documents: EncodedDocuments) -> Iterator[int]:

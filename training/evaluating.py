@@ -28,7 +28,7 @@ from modules.lm_ops import IGNORED_TARGET
 from modules.stage import Stage, stored_name
 from pipeline_parallel.decode import Generated
 from tasks.evaluation_set import EvaluationSet, LabelRow, Prompt
-from tasks.metrics import Confusion, Counts, Verdict, confusion, import_sklearn_metrics, judge, perplexity
+from tasks.metrics import Confusion, Counts, Verdict, confusion, import_sklearn_metrics, perplexity
 from tasks.packing import PackingRules, num_targets
 from tasks.readers import ReadingRules
 from tasks.shots import Shots
@@ -236,8 +236,8 @@ class _Run:
         for (_, pairs), row in zip(by_example, self._rows, strict=True):
             scored = [(label_row, -loss) for label_row, loss in pairs]
             best = max(scored, key=lambda pair: pair[1])[0]
-            answers.append(best.label)
-            verdicts.append(judge(best.label, best.example.expected, best.example.task.labels))
+            answers.append(best.example.task.answer(best.label))
+            verdicts.append(best.example.judge(answers[-1]))
             row |= {"label_log_likelihoods": {label_row.label: value for label_row, value in scored}}
             row |= {"likeliest": best.label, "label_verdict": verdicts[-1]}
         return self._judged(answers, verdicts)

@@ -130,6 +130,9 @@ def _not_fitting(config: EvalConfig) -> list[str]:
         )
     if config.confusion_png is not None and not {"accuracy", "labels"} & set(config.metrics):
         problems.append("--confusion-png draws answers, and --metric asks for none. Add accuracy or labels to it, or leave it out")
+    files = [file for file in (config.json, config.output, config.confusion_png) if file not in (None, "-")]
+    if len(set(files)) < len(files):
+        problems.append("--json, --output and --confusion-png must be different files, or one would overwrite another. Give each its own")
     if config.fp16 and config.bf16:
         problems.append("--fp16 and --bf16 are two precisions of the same parameters; pass one of them")
     if config.quantize_ends and config.base_quantization == "none":

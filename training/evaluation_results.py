@@ -12,7 +12,7 @@ from checkpoint.tensor_file import explained_disk_errors
 from pipeline_parallel.decode import Generated
 from tasks.encoding import Encoder
 from tasks.evaluation_set import EvaluationExample, Prompt
-from tasks.metrics import Confusion, Counts, McNemar, judge, mcnemar
+from tasks.metrics import Confusion, Counts, McNemar, mcnemar
 from training.report import table
 from user_error import UserError
 
@@ -101,7 +101,7 @@ def judged_rows(prompts: Sequence[Prompt], generated: Sequence[Generated], encod
     for prompt, one in zip(prompts, generated, strict=True):
         task, text = prompt.example.task, encoder.decode(one.ids)
         answer = task.answer(text)
-        verdict = judge(answer, prompt.example.expected, task.labels, ended=one.ended)
+        verdict = prompt.example.judge(answer, ended=one.ended)
         margin = one.margin if math.isfinite(one.margin) else None
         rows.append({"generated": text, "answer": answer, "verdict": verdict, "ended": one.ended, "margin": margin})
     return rows
@@ -139,7 +139,10 @@ def check_writable(*paths: str | None) -> None:
     for path in (Path(name) for name in paths if name not in (None, "-")):
         with explained_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            was_there = path.exists()
             path.open("a").close()
+            if not was_there:
+                path.unlink()
 
 
 def check_drawable() -> None:

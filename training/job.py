@@ -106,6 +106,11 @@ def meet(config: Config) -> Iterator[Job]:
         lifeline.report_failure(_reason(error), restart_helps=not isinstance(error, UserError))
         if host is not None:
             host.hub.wait_until_loss_told(TELL_LOSS_S)
+        if config.world_size == 1:  # a program may go on; a rank that others wait for may not, and would wait for them here
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if host is not None:
+                host.hub.close()
         raise
     lifeline.done()
     dist.destroy_process_group()

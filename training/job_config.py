@@ -101,6 +101,12 @@ class ReadingConfig(JobConfig):
         group=RECORDS,
     )
     label_column: str | None = flag(None, "column of the label, likewise; left out: label, category, class or intent", group=RECORDS)
+    labels: str | None = flag(
+        None,
+        "labels of task classification, with commas; left out: those that each source has, so name them where training and evaluation data "
+        "do not have the same",
+        group=RECORDS,
+    )
     classification_prompt: Literal["instruction", "raw"] = flag(
         "instruction", "task classification: instruction: names the labels and asks for one; raw: the text alone", group=RECORDS
     )

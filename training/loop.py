@@ -121,7 +121,7 @@ class Trainer:
             job, config, self._gradient, self._stage, desk.validation if desk is not None else None, self._root
         )
         saved_best = start.point.trainer.get("best") if start.point is not None else None
-        self._best = Best(**saved_best) if config.keep_best and saved_best else None
+        self._best = Best(**saved_best) if config.keep_best and saved_best and "data" in saved_best else None
         self._save_stall_s = 0.0  # of the saves since the last row
         self._reader = start_reader(config, desk.mixture) if desk is not None else None
         self._feed = TokenFeed(

@@ -59,6 +59,8 @@ class Best:
     step: int
     metric: str
     value: float
+    loss: float  # decides between equal accuracies
+    data: str  # hex digits of what was evaluated: numbers of other data cannot be compared
 
 
 class StepNotSaved(UserError):
@@ -251,8 +253,14 @@ class _StepSave:
         except OSError as error:
             log.warning("%s could not be written: %s; step %d is the best so far", BEST_FILE, error.strerror, self.best.step)
 
+    def _forget_best(self) -> None:
+        """best.json of a run that kept the best, where this one does not: its step is not spared any more."""
+        if self.best is None and self.keep:
+            (self.writer.root / BEST_FILE).unlink(missing_ok=True)
+
     def _remove_old(self) -> list[str]:
         try:
+            self._forget_best()
             return (
                 remove_old_steps(self.writer.root, self.writer.final, self.keep, spared=str(self.best.step) if self.best else None)
                 if self.keep

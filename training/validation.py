@@ -48,6 +48,7 @@ class Evaluation:
     num_targets: int
     counts: Counts | None = None
     seconds: float
+    data: str = ""  # which records, as hex digits
 
     @property
     def perplexity(self) -> float:
@@ -58,19 +59,19 @@ class Evaluation:
         return None if self.counts is None else self.counts.accuracy
 
     def is_better_than(self, best: Best | None) -> bool:
-        """By accuracy where there is one, else by loss; an equal one is not better, so the earliest of equals stays."""
-        if best is None:
-            return math.isfinite(self.loss)
+        """By accuracy where there is one, then by loss; an equal one is not better, so the earliest of equals stays."""
         now = self.as_best(0)
-        if now.metric != best.metric:  # the run goes on with another one
-            return True
-        return now.value > best.value if now.metric == "accuracy" else now.value < best.value
+        if best is None or (now.metric, now.data) != (best.metric, best.data):  # the run goes on with others
+            return math.isfinite(self.loss)
+        if now.metric == "accuracy" and now.value != best.value:
+            return now.value > best.value
+        return now.loss < best.loss
 
     def as_best(self, step: int) -> Best:
         """What --keep-best stores of this evaluation of ``step``."""
         if self.accuracy is not None:
-            return Best(step=step, metric="accuracy", value=self.accuracy)
-        return Best(step=step, metric="loss", value=self.loss)
+            return Best(step=step, metric="accuracy", value=self.accuracy, loss=self.loss, data=self.data)
+        return Best(step=step, metric="loss", value=self.loss, loss=self.loss, data=self.data)
 
     def row(self, step: int) -> dict[str, Any]:
         """A line of evaluation_log.jsonl, and what Weights & Biases gets."""
@@ -121,17 +122,25 @@ def start_validation(
     decoder = None
     if config.evaluation_metric == "accuracy":
         decoder = make_decoder(job, stage, config.evaluation_batch_size or config.batch_size)
-    return Validation(job, config, gradient, decoder, data, root)
+    identity = all_say(job, job.store, "what is evaluated", None if data is None else data.records.fingerprint())[0]
+    return Validation(job, config, gradient, decoder, data, root, identity)
 
 
 class Validation:
     """The evaluations of one run. Called by all ranks alike; ``data`` is rank 0's."""
 
     def __init__(
-        self, job: Job, config: Config, gradient: GlobalGradient, decoder: Decoder | None, data: ValidationData | None, root: Path
+        self,
+        job: Job,
+        config: Config,
+        gradient: GlobalGradient,
+        decoder: Decoder | None,
+        data: ValidationData | None,
+        root: Path,
+        identity: str,
     ) -> None:
         """Raises UserError on rank 0 for prompts that cannot be continued."""
-        self._decoder = decoder
+        self._decoder, self._identity = decoder, identity
         self._config, self._data, self._root = config, data, root
         self._batch_size = config.evaluation_batch_size or config.batch_size
         self._is_rank_0 = job.place.rank == 0
@@ -159,7 +168,7 @@ class Validation:
         started = time.perf_counter()
         loss, targets = self._loss()
         counts = self._counts(step) if self._config.evaluation_metric == "accuracy" else None
-        found = Evaluation(loss=loss, num_targets=targets, counts=counts, seconds=time.perf_counter() - started)
+        found = Evaluation(loss=loss, num_targets=targets, counts=counts, seconds=time.perf_counter() - started, data=self._identity)
         if self._is_rank_0:
             log.info("evaluation at step %d: %s", step, found)
             with explained_disk_errors(self._root / LOG_FILE), (self._root / LOG_FILE).open("a") as file:
