@@ -22,7 +22,7 @@ from random import Random
 from typing import Any, Literal
 
 from tasks import forms
-from tasks.examples import BadRecordError, BoundTask, Example, Record, Task
+from tasks.examples import BadRecordError, BoundTask, Example, Piece, Record, Task
 from tasks.natural_instructions import InstructionTask
 from user_error import UserError
 
@@ -120,6 +120,9 @@ def task(
     from generated text (without its end-of-text token) to what is compared with the label; left out: the first line for tasks with labels,
     else all of the text, stripped. default_path: where the data lies if --task-name names the task alone.
     """
+    is_list = labels is None or (not isinstance(labels, str) and len(labels) > 0 and all(isinstance(label, str) for label in labels))
+    if not is_list:
+        raise UserError(f"the labels of a task are a list of strings, one at least; those of {name!r} are {labels!r}. Correct them")
     all_labels = None if labels is None else tuple(labels)
 
     def decorate(function: Callable[[Record], Any]) -> Task:
@@ -128,8 +131,10 @@ def task(
                 made = function(record)
             except BadRecordError:
                 raise
-            except Exception as error:  # whatever a user's function may do wrong
-                file = Path(function.__code__.co_filename)
+            except (Exception, SystemExit) as error:  # whatever a user's function may do wrong
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                function_file = getattr(getattr(function, "__code__", None), "co_filename", frame.filename)
+                file = Path(function_file)
                 where, fields = f"{file.name}:{_line_in(file, error)}", forms.named_fields(record)
                 raise BadRecordError(f"task {name} met {type(error).__name__}: {error}; its fields are {fields} ({where})") from error
             return _example_of_user(name, made, all_labels)
@@ -151,7 +156,7 @@ def load_task_module(path: str) -> list[Task]:
     sys.modules[spec.name] = module  # dataclasses and the like look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file may do wrong
+    except (Exception, SystemExit) as error:  # whatever a user's file may do wrong
         raise UserError(f"{rule}; {file}:{_line_in(file, error)}: {type(error).__name__}: {error}. Correct it") from error
     found = [value for value in vars(module).values() if isinstance(value, Task)]
     if not found:
@@ -162,7 +167,7 @@ def load_task_module(path: str) -> list[Task]:
     return found
 
 
-def _line_in(file: Path, error: Exception) -> int:
+def _line_in(file: Path, error: BaseException) -> int:
     """The line of ``file`` in which ``error`` arose, the deepest if it went through several."""
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return error.lineno or 1
@@ -172,6 +177,10 @@ def _line_in(file: Path, error: Exception) -> int:
 
 def _example_of_user(name: str, made: Any, labels: tuple[str, ...] | None) -> Example:
     if isinstance(made, Example):
+        if not all(isinstance(piece, Piece) for piece in made.pieces) or not any(piece.is_target for piece in made.pieces):
+            raise BadRecordError(f"task {name} made an Example that is not of Pieces, or has none that is a target")
+        if labels is not None and made.label not in labels:
+            raise BadRecordError(f"label {made.label!r} is not one of {', '.join(labels)}")
         return made
     if isinstance(made, str):
         return forms.example_of({"text": made}, "text")

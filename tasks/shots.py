@@ -4,6 +4,7 @@ Which examples an example is shown is decided by (seed, the asked example's numb
 is never shown itself: pool entries of the same text as the asked one are left out, wherever they come from.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from random import Random
 
@@ -61,7 +62,7 @@ class Shots:
         shown = shots[: self._num_shots]
         draw.shuffle(shown)
         prefix = "".join(shot.text + SEPARATOR for shot in shown)
-        return Example(pieces=(Piece(prefix, False), *example.pieces), label=example.label)
+        return dataclasses.replace(example, pieces=(Piece(prefix, False), *example.pieces))
 
     def _others(self, group: list[Example], asked: str, draw: Random) -> list[Example]:
         """As many of ``group`` as a prompt shows, or all, whose text is not ``asked``. Looks at a few only, as a pool may be a whole

@@ -145,6 +145,26 @@ def test_a_module_of_the_users_adds_tasks(tmp_path: Path) -> None:
     assert shown(bound("lines", module=str(path)).example({"line": "x"}, None)) == "«x»"
 
 
+@pytest.mark.parametrize(
+    ("made", "seen"),
+    [
+        ("Example(pieces=(Piece('a', False),))", "has none that is a target"),
+        ("Example(pieces=('a', 'b'))", "not of Pieces"),
+        ("Example(pieces=(Piece('a', False), Piece(' b', True)), label='c')", "label 'c' is not one of b"),
+        ("17", "made int of it"),
+        ("1 / 0", r"met ZeroDivisionError.*my_tasks\.py:4"),
+    ],
+)
+def test_what_a_users_task_makes_is_looked_at(made: str, seen: str, tmp_path: Path) -> None:
+    path = tmp_path / "my_tasks.py"
+    path.write_text(
+        "import functools\nfrom tasks.prompts import task\nfrom tasks.examples import Example, Piece\n"
+        f"f = task('a', labels=('b',))(functools.partial(lambda record: {made}))\n"
+    )
+    with pytest.raises(BadRecordError, match=seen):
+        bound("a", module=str(path)).example({"x": 1}, None)
+
+
 @pytest.mark.parametrize(("answer", "seen"), [("text[0]", "it met IndexError"), ("len(text)", "it returned int")])
 def test_an_answer_function_that_fails_is_said(answer: str, seen: str, tmp_path: Path) -> None:
     path = tmp_path / "my_tasks.py"
@@ -158,6 +178,9 @@ def test_an_answer_function_that_fails_is_said(answer: str, seen: str, tmp_path:
     [
         ("x = 1\n", "has none. Mark one"),
         ("def f(:\n", r"my_tasks\.py:1: SyntaxError"),
+        ("from tasks.prompts import task\ntask('a', labels='ab')\n", "the labels of a task are a list of strings"),
+        ("from tasks.prompts import task\ntask('a', labels=())\n", "one at least"),
+        ("import sys\nsys.exit(3)\n", r"my_tasks\.py:2: SystemExit"),
         ("\n\nprint(undefined)\n", r"my_tasks\.py:3: NameError"),
         ("from tasks.prompts import task\n@task('mnli')\ndef f(record):\n    return ''\n", "name 'mnli' exists already"),
         (

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from packing_helpers import answered, text
 
-from tasks.examples import Example
+from tasks.examples import Example, Piece
 from tasks.shots import SEPARATOR, Shots
 from user_error import UserError
 
@@ -128,3 +128,10 @@ def test_a_pool_of_duplicates_says_how_many_others_there_are(balanced: bool) -> 
     shots = Shots([same] * 40 + pool_of(2), num_shots=3, seed=0, balanced=balanced)
     with pytest.raises(UserError, match=r"--num-shots 3 needs as many examples other than the asked one; there are 2"):
         shots.in_front_of(same, 0)
+
+
+def test_what_is_asked_keeps_everything_but_its_prompt() -> None:
+    pool = [Example(pieces=(Piece(f"q{n}", False), Piece(f" a{n}", True))) for n in range(3)]
+    asked = Example(pieces=(Piece("q", False), Piece(" a", True)), label="a", as_good=("a", "b"))
+    shown = Shots(pool, num_shots=2, seed=0).in_front_of(asked, 0)
+    assert (shown.label, shown.as_good, shown.pieces[1:]) == (asked.label, asked.as_good, asked.pieces)
