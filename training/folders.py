@@ -74,10 +74,12 @@ def find_folders(job: Job, root: Path) -> Folders:
             if not others_unseen or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        return group_by_sight(all_say(job, store, "seen", seen))
+        all_seen = all_say(job, store, "seen", seen)
     finally:
         with contextlib.suppress(OSError):
             paths[place.rank].unlink()
+    all_say(job, store, "tidied", True)  # a rank that finds the folder locked ends the others at once, and would leave their files there
+    return group_by_sight(all_seen)
 
 
 def group_by_sight(seen: list[list[int]]) -> Folders:
