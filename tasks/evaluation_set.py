@@ -7,9 +7,11 @@ that is counted. Nothing here runs a model.
 Legend: T = ids in a sequence, n = ids of a prompt.
 """
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,24 +85,28 @@ class LabelRow:
 class EvaluationSet:
     """All records of the sources of --evaluation-data."""
 
-    def __init__(self, sources: Sequence[Documents], *, prepare: Callable[[Example, int], Example] | None = None) -> None:
-        """Reads them all. prepare: puts something in front of an example, given its number (tasks/shots.py). Raises UserError for a bad
-        record, if those are errors, and for sources without a single one."""
+    def __init__(self, sources: Sequence[Documents]) -> None:
+        """Reads them all. Raises UserError for a bad record, if those are errors, and for sources without a single one."""
         self.examples: list[EvaluationExample] = []
         for documents in sources:
             for document in documents.in_order():
                 number = len(self.examples)
-                example = document.example if prepare is None else prepare(document.example, number)
                 found = EvaluationExample(
                     number=number,
                     where=document.where,
                     source=documents.name,
-                    example=example,
+                    example=document.example,
                     task=documents.task,
                     fingerprint=hashlib.sha256(document.example.text.encode()).hexdigest()[:16],
                 )
                 self.examples.append(found)
         assert self.examples, "a source holds at least one record, or opening it was refused"
+
+    def prepared(self, prepare: Callable[[Example, int], Example]) -> "EvaluationSet":
+        """The same records with something in front of each: what ``prepare`` makes of an example and its number (tasks/shots.py)."""
+        changed = copy(self)
+        changed.examples = [dataclasses.replace(e, example=prepare(e.example, e.number)) for e in self.examples]
+        return changed
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -186,8 +192,7 @@ class EvaluationSet:
             if int(encoded.is_target[:-1].sum()) >= length:
                 raise UserError(
                     f"{example.where}: a label and a token before it must fit into --seq-length; {label!r} has "
-                    f"{encoded.is_target[:-1].sum()} "
-                    f"tokens, and {length} fit. Use longer sequences, or shorter labels"
+                    f"{encoded.is_target[:-1].sum()} tokens, and {length} fit. Use longer sequences, or shorter labels"
                 )
         num_cut = sum(len(encoded.ids) - 1 > length for _, _, encoded in rows)
         _say_cut(num_cut, len(rows), length)

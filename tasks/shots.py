@@ -38,8 +38,7 @@ class Shots:
         if num_shots >= len(pool):
             raise UserError(
                 f"--num-shots must be below the number of examples to show; it is {num_shots}, and there are {len(pool)}. Give "
-                "fewer shots, or "
-                "another --shots-from"
+                "fewer shots, or another --shots-from"
             )
 
     def in_front_of(self, example: Example, number: int) -> Example:
@@ -56,8 +55,7 @@ class Shots:
         if len(shots) < self._num_shots:
             raise UserError(
                 f"--num-shots {self._num_shots} needs as many examples other than the asked one; there are {len(shots)}. Give "
-                "fewer shots, or "
-                "another --shots-from"
+                "fewer shots, or another --shots-from"
             )
         shown = shots[: self._num_shots]
         draw.shuffle(shown)

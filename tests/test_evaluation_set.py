@@ -37,8 +37,8 @@ class Listed:
             yield ListedDocument(0, position, f"{self.name}:{position + 1}", example, 0)
 
 
-def evaluation(*examples: Example, labels: tuple[str, ...] | None = None, **more: Any) -> EvaluationSet:
-    return EvaluationSet([Listed(*examples, labels=labels)], **more)  # type: ignore[list-item]
+def evaluation(*examples: Example, labels: tuple[str, ...] | None = None) -> EvaluationSet:
+    return EvaluationSet([Listed(*examples, labels=labels)])  # type: ignore[list-item]
 
 
 def planes(records: EvaluationSet, length: int, loss_on: Any = "all", **rules: Any) -> list[list[list[int]]]:
@@ -54,7 +54,8 @@ def test_what_stands_in_front_changes_the_prompt_but_not_the_fingerprint() -> No
     def prepare(example: Example, number: int) -> Example:
         return Example(pieces=(Piece("z" * (number + 1), False), *example.pieces), label=example.label)
 
-    plain, prepared = (evaluation(answered("ab", "c"), answered("de", "f"), prepare=how) for how in (None, prepare))
+    plain = evaluation(answered("ab", "c"), answered("de", "f"))
+    prepared = plain.prepared(prepare)
     assert [e.example.prompt for e in prepared.examples] == ["zab", "zzde"]
     assert [e.fingerprint for e in prepared.examples] == [e.fingerprint for e in plain.examples]
     assert plain.examples[0].fingerprint != plain.examples[1].fingerprint

@@ -61,8 +61,7 @@ class Config(ReadingConfig):
         None,
         "what to train on: SOURCE[:WEIGHT],... or a YAML list of those. A source is a file (.jsonl, .json, .csv, .tsv, .parquet; the text "
         "formats also .zst or .gz), a folder, a glob, a URL, hf:DATASET[/CONFIG]@SPLIT, or TASK=SOURCE for one of the tasks in "
-        "docs/tasks.md; "
-        "weights are shares of sequences, 1.0 where left out, normalised. Read by rank 0 alone; required there",
+        "docs/tasks.md; weights are shares of sequences, 1.0 where left out, normalised. Read by rank 0 alone; required there",
         group=DATA,
     )
     seq_length: int = flag(1024, "token ids per sequence", group=DATA)

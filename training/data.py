@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,16 @@ class Sources:
 
     tasks: tuple[TaskSpec, ...]
     open_documents: OpenDocuments
+
+    @contextmanager
+    def opened(self) -> Iterator[list[Documents]]:
+        """All of them, to the end of the block. Raises UserError."""
+        with ExitStack() as cleanup:
+            documents = []
+            for place, task in enumerate(self.tasks):
+                documents.append(self.open_documents(task, place))
+                cleanup.callback(documents[-1].close)
+            yield documents
 
 
 def training_sources(config: Config) -> Sources:

@@ -7,10 +7,9 @@ be evaluated, and only then weights are loaded. Adapters are computed beside the
 import dataclasses
 import itertools
 import logging
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint.adapter_folder import Adapter, is_adapter_folder, read_adapter
+from checkpoint.adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter_folder, read_adapter
 from checkpoint.manifest import step_positions
 from checkpoint.model_folder import load_weights, read_json_object, resolve_model_folder
 from comms.place import place_of
@@ -28,8 +27,9 @@ from modules.lm_ops import IGNORED_TARGET
 from modules.stage import Stage, stored_name
 from pipeline_parallel.decode import Generated
 from tasks.evaluation_set import EvaluationSet, LabelRow, Prompt
+from tasks.examples import Example
 from tasks.metrics import Confusion, Counts, Verdict, confusion, import_sklearn_metrics, perplexity
-from tasks.packing import PackingRules, num_targets
+from tasks.packing import PackingRules
 from tasks.readers import ReadingRules
 from tasks.shots import Shots
 from training.assembly import WeightTaker, assemble_stage
@@ -70,7 +70,7 @@ def evaluate_rank(config: EvalConfig) -> EvaluationResults | None:
     with meet(job_config) as job, ExitStack() as cleanup:
         set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
         job.spans.enter_phase("preparing the evaluation")
-        desk = _open_desk(job, config, cleanup) if job.place.rank == 0 else None
+        desk = _open_desk(job, config) if job.place.rank == 0 else None
         length = int(all_say(job, job.store, "evaluation length", None if desk is None else desk.length)[0])
         job.spans.enter_phase("loading weights")
         stage = _load(job, job_config, adapter)
@@ -97,7 +97,7 @@ def _subject(config: EvalConfig) -> tuple[Config, Adapter | None]:
         job_config = dataclasses.replace(job_config, model_name=str(folder))
     if not is_adapter_folder(folder):
         return job_config, None
-    base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"an adapter must say to which model it belongs (base_model_name_or_path); {folder} does not. Merge it first")
     model_config = read_model_config(read_json_object(resolve_model_folder(base, weights=False) / "config.json"))
@@ -111,7 +111,7 @@ def _subject(config: EvalConfig) -> tuple[Config, Adapter | None]:
     return dataclasses.replace(job_config, model_name=base, **trained), adapter
 
 
-def _open_desk(job: Job, config: EvalConfig, cleanup: ExitStack) -> _Desk:
+def _open_desk(job: Job, config: EvalConfig) -> _Desk:
     """On rank 0, before any weight is read. Raises UserError for data that cannot be evaluated as asked, and packages that are missing."""
     assert config.evaluation_data is not None, "complete_eval requires it on rank 0"
     check_writable(config.json, config.output, config.confusion_png)
@@ -124,37 +124,28 @@ def _open_desk(job: Job, config: EvalConfig, cleanup: ExitStack) -> _Desk:
             "Use that or less"
         )
     encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size, loss_on=config.loss_on)
-    sources = sources_of(
-        config, config.evaluation_data, ReadingRules(on_bad_record=config.on_bad_record, max_samples=config.max_eval_samples)
-    )
-    documents = [sources.open_documents(spec, place) for place, spec in enumerate(sources.tasks)]
-    for opened in documents:
-        cleanup.callback(opened.close)
-    records = EvaluationSet(documents)
+    rules = ReadingRules(on_bad_record=config.on_bad_record, max_samples=config.max_eval_samples)
+    with sources_of(config, config.evaluation_data, rules).opened() as documents:
+        records = EvaluationSet(documents)
     if config.num_shots:
         shots = Shots(_pool(config, records), num_shots=config.num_shots, seed=config.seed, balanced=config.balance_shots)
-        records = EvaluationSet(documents, prepare=shots.in_front_of)
+        records = records.prepared(shots.in_front_of)
     if {"accuracy", "labels"} & set(config.metrics) and records.labels is not None:
         import_sklearn_metrics()
     length = config.seq_length or num_positions
     prompts = records.prompts(encoder.encoder, max_length=length - config.max_new_tokens) if "accuracy" in config.metrics else []
     rows = records.label_rows(encoder.encoder, max_length=length) if "labels" in config.metrics else []
     if "perplexity" not in config.metrics:
-        length = rows[0].planes.shape[1] if rows else config.micro_batch_size + 1
+        length = rows[0].length if rows else config.micro_batch_size + 1
     return _Desk(encoder=encoder, records=records, prompts=prompts, label_rows=rows, length=length)
 
 
-def _pool(config: EvalConfig, records: EvaluationSet) -> list[Any]:
+def _pool(config: EvalConfig, records: EvaluationSet) -> list[Example]:
     """The examples that few-shot prompts show."""
     if config.shots_from is None:
         return [example.example for example in records.examples]
-    sources = sources_of(config, config.shots_from, ReadingRules(on_bad_record=config.on_bad_record))
-    found = []
-    for place, spec in enumerate(sources.tasks):
-        documents = sources.open_documents(spec, place)
-        found += [document.example for document in documents.in_order()]
-        documents.close()
-    return found
+    with sources_of(config, config.shots_from, ReadingRules(on_bad_record=config.on_bad_record)).opened() as sources:
+        return [document.example for documents in sources for document in documents.in_order()]
 
 
 def _load(job: Job, config: Config, adapter: Adapter | None) -> Stage:
@@ -194,16 +185,9 @@ class _Run:
         rules = PackingRules(
             seq_length=self._desk.length if self._desk else 2, mode=self._config.packing, long_documents=self._config.long_documents
         )
-        targets: list[int] = []
-
-        def counted(desk: _Desk) -> Iterator[np.ndarray]:
-            for planes in desk.records.sequences(desk.encoder.encoder, rules):
-                targets.append(num_targets(planes[2]))
-                yield planes
-
+        sequences = None if self._desk is None else self._desk.records.sequences(self._desk.encoder.encoder, rules)
         with self._progress(None, "sequences") as bar:
-            losses = self._evaluator.losses(None if self._desk is None else counted(self._desk), on_progress=bar.update)
-        return math.fsum(losses.tolist()) / max(1, sum(targets)), sum(targets)
+            return self._evaluator.mean_loss(sequences, on_progress=bar.update)
 
     def _generated(self) -> Answers | None:
         desk = self._desk

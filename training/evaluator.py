@@ -8,6 +8,7 @@ number is drawn and no gradient touched.
 Legend: R replicas, N sequences of a replica's batch, T tokens, P prompts.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
@@ -20,6 +21,7 @@ from torch import Tensor
 from comms.links import naming_the_peer
 from modules.lm_ops import IGNORED_TARGET
 from pipeline_parallel.decode import Generated
+from tasks.packing import num_targets
 from training.job import Job
 
 HEADER_INTS = 4  # number of dimensions, then up to three sizes
@@ -65,6 +67,20 @@ class Evaluator:
             if on_progress is not None:
                 on_progress(num)
         return self._add_up(torch.cat(found)) if found else torch.zeros(0, dtype=torch.float64)
+
+    def mean_loss(self, sequences: Iterable[np.ndarray] | None, *, on_progress: Callable[[int], object] | None = None) -> tuple[float, int]:
+        """Of all targets of (3, T) int32 sequences the mean of -log p in nats, and how many there are; alike on all ranks. As losses()."""
+        total = 0
+
+        def counted(given: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+            nonlocal total
+            for planes in given:
+                total += num_targets(planes[2])
+                yield planes
+
+        losses = self.losses(None if sequences is None else counted(sequences), on_progress=on_progress)
+        total = self.agree(total)
+        return math.fsum(losses.tolist()) / max(1, total), total
 
     def answers(self, prompts: Sequence[Sequence[int]] | None, *, max_new_tokens: int, eos_token_id: int) -> list[Generated]:
         """The greedy continuation of every prompt, alike on all ranks. prompts: ids, at least one each."""

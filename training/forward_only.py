@@ -26,7 +26,7 @@ class ForwardOnly:
         self._decoder: Decoder | None = None
         codecs = wire_codecs("none", "none", (micro_batch_size, seq_length, stage.config.width), self._device, stage.compute_dtype)
         previous, following = (
-            link_to_neighbour(job.place, pair, codecs, self._device, peer_names_of(job), depth=LEAST_DEPTH, is_next=is_next)
+            link_to_neighbour(job.place, pair, codecs, self._device, job.peer_names, depth=LEAST_DEPTH, is_next=is_next)
             for pair, is_next in ((job.groups.to_previous, False), (job.groups.to_next, True))
         )
         self._links = [link for link in (previous, following) if link is not None]
@@ -59,11 +59,6 @@ def make_decoder(job: Job, stage: Stage, batch_size: int) -> Decoder:
         closing_group=make_closing_group(job.place, job.groups, job.backend, COLLECTIVE_TIMEOUT),
         stage=stage,
         spans=job.spans,
-        peer_names=peer_names_of(job),
+        peer_names=job.peer_names,
         batch_size=batch_size,
     )
-
-
-def peer_names_of(job: Job) -> list[str]:
-    """How messages name every rank."""
-    return [f"{job.place.at(rank).in_words} on host {entry['host']}" for rank, entry in enumerate(job.roster)]

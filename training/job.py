@@ -58,6 +58,11 @@ class Job(LocalFacts):
     num_threads: int
     spans: Spans
 
+    @property
+    def peer_names(self) -> list[str]:
+        """How messages name every rank."""
+        return [f"{self.place.at(rank).in_words} on host {entry['host']}" for rank, entry in enumerate(self.roster)]
+
     def wait_for_all(self) -> None:
         """Collective over all ranks: returns when all have called it, so that nobody's end is taken for a loss."""
         with self.spans.span("waiting for the other ranks"), naming_the_peer("waiting for the other ranks"):

@@ -98,7 +98,7 @@ class Trainer:
             groups=job.groups,
             stage=self._stage,
             spans=job.spans,
-            peer_names=[f"{job.place.at(rank).in_words} on host {entry['host']}" for rank, entry in enumerate(job.roster)],
+            peer_names=job.peer_names,
             schedule=plan.schedule,
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,

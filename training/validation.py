@@ -8,14 +8,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from checkpoint.tensor_file import explained_disk_errors
 from modules.stage import Stage
@@ -23,7 +19,7 @@ from pipeline_parallel.decode import Decoder
 from tasks.encoding import Encoder
 from tasks.evaluation_set import EvaluationSet, Prompt
 from tasks.metrics import Counts, perplexity
-from tasks.packing import PackingRules, num_targets
+from tasks.packing import PackingRules
 from tasks.readers import ReadingRules
 from training.config import Config
 from training.data import TextEncoder, packing_rules, sources_of
@@ -100,12 +96,7 @@ def open_validation(config: Config, encoder: TextEncoder) -> ValidationData | No
     if config.evaluation_data is None:
         return None
     rules = ReadingRules(on_bad_record=config.on_bad_record, max_samples=config.max_eval_samples)
-    sources = sources_of(config, config.evaluation_data, rules)
-    with ExitStack() as opened:
-        documents = []
-        for place, spec in enumerate(sources.tasks):
-            documents.append(sources.open_documents(spec, place))
-            opened.callback(documents[-1].close)
+    with sources_of(config, config.evaluation_data, rules).opened() as documents:
         records = EvaluationSet(documents)
     if config.evaluation_metric == "accuracy":
         records.check_answerable()
@@ -176,18 +167,10 @@ class Validation:
         return found
 
     def _loss(self) -> tuple[float, int]:
-        num_targets_of: list[int] = []
-
-        def counted() -> Iterator[np.ndarray]:
-            assert self._data is not None, "only rank 0 reads"
-            limit = self._config.evaluation_num_batch * self._batch_size * self._num_replicas or None
-            for planes in islice(self._data.records.sequences(self._data.encoder, self._data.rules), limit):
-                num_targets_of.append(num_targets(planes[2]))
-                yield planes
-
-        losses = self._evaluator.losses(counted() if self._data is not None else None)
-        total = self._evaluator.agree(sum(num_targets_of))
-        return math.fsum(losses.tolist()) / max(1, total), total
+        if self._data is None:
+            return self._evaluator.mean_loss(None)
+        limit = self._config.evaluation_num_batch * self._batch_size * self._num_replicas or None
+        return self._evaluator.mean_loss(islice(self._data.records.sequences(self._data.encoder, self._data.rules), limit))
 
     def _counts(self, step: int) -> Counts:
         """Judged on rank 0, which keeps the answers; told to all."""
