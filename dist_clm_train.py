@@ -4,8 +4,9 @@
         --pipeline-group-size 2 --world-size 2 --dist-url tcp://127.0.0.1:9000 --rank 0     (and the same with --rank 1)
     torchrun --nproc-per-node 2 dist_clm_train.py --pipeline-group-size 2 ...
 
-All flags: ``--help`` or docs/flags.md. Exit status: 0 trained or nothing to do, 1 the job failed, 2 the command line is wrong,
-130 interrupted. """
+All flags: ``--help`` or docs/flags.md. Exit status: 0 trained, nothing to do, or stopped on request; 1 a mistake that a restart does not
+cure; 2 the command line is wrong; 70 a defect, its traceback shown; 75 a peer or the link to it was lost, which a restart cures;
+130 interrupted. With --max-restarts or --supervise this process becomes the supervisor of another one that trains. """
 
 import contextlib
 import logging
@@ -17,16 +18,16 @@ from collections.abc import Sequence
 try:
     from comms.links import PeerLost
     from training.entry import train_rank
-    from training.job import EXIT_FAILED, TELL_FLAGS_S, tell_others
+    from training.exit_status import EXIT_DEFECT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_USAGE
     from training.parsing import parse_config, parse_meeting_point
     from training.report import set_up_logging
+    from training.supervise import arrange_supervision
+    from training.telling import TELL_FLAGS_S, tell_others
     from user_error import UserError
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"error: {sys.executable} lacks the package {missing.name}. Run `make setup`, then `source .venv/bin/activate`, and try again"
     ) from None
-
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,22 +44,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.was_shown:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    arrange_supervision(config, [sys.executable, os.path.abspath(__file__), *argv])  # a supervisor does not return from it
     try:
         train_rank(config)
     except UserError as error:
         if not error.was_shown:
             print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_PEER_LOST if error.restart_helps else EXIT_FAILED
     except PeerLost as error:
         print(f"error: {error}. Start the job again with the same command: it resumes from its newest checkpoint", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_PEER_LOST
     except KeyboardInterrupt:
         print("interrupted; the newest checkpoint is what a restart resumes from", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BaseException:  # a defect of ours or of a library: shown whole, and the process still ends at once
         traceback.print_exc()
-        return EXIT_FAILED
-    return 0
+        return EXIT_DEFECT
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

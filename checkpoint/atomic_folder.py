@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from checkpoint.job_lock import LOCK_NAME, JobLock
-from checkpoint.model_folder import ModelFolder
+from checkpoint.model_folder import ModelFolder, is_file_name
 from checkpoint.tensor_file import FileRecord, explained_disk_errors, fsync_directory
 from user_error import UserError
 
@@ -137,13 +137,15 @@ class ResumableFolder:
             header, *lines = self._journal.read_bytes().splitlines(keepends=True)
             if json.loads(header) != self._header:
                 return {}
-        except (FileNotFoundError, ValueError):  # none there, or broken off in its first line
+        except (FileNotFoundError, ValueError, RecursionError):  # none there, or broken off in its first line, or none of ours
             return {}
         records = {}
         for line in lines:
             try:
                 record = FileRecord(**json.loads(line))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
+                break
+            if not is_file_name(record.name) or type(record.size) is not int or not isinstance(record.sha256, str):
                 break
             records[record.name] = record
         return records

@@ -15,7 +15,9 @@ import torch
 
 from checkpoint.model_folder import read_json_object
 from checkpoint.tensor_file import FileRecord, json_bytes, write_file
+from checkpoint.weight_file import FETCH_AGAIN
 from modules.gptneox import GPTNeoXConfig, both_rotary_forms
+from user_error import UserError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
@@ -42,7 +44,7 @@ def read_companions(folders: Sequence[Path], *, dtypes: Iterable[torch.dtype], w
     config = {**read_json_object(folders[0] / CONFIG), "dtype": dtype, "torch_dtype": dtype}
     if config.get("model_type") == GPTNeoXConfig.hf_model_type:
         config = both_rotary_forms(config)
-    contents = {CONFIG: json_bytes(config)}
+    contents = {CONFIG: _written_again(folders[0] / CONFIG, config)}
     if (folders[0] / GENERATION_CONFIG).is_file():
         contents[GENERATION_CONFIG] = (folders[0] / GENERATION_CONFIG).read_bytes()
     tokenizers = [files for folder in folders if (files := tokenizer_files(folder))]
@@ -59,26 +61,43 @@ def _padding(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     eos = eos.get("content") if isinstance(eos, dict) else eos
     ids = _token_ids(folder)
     token = next((token for token in (*PADDING_TOKENS, eos) if isinstance(token, str) and token in ids), None)
-    if settings.get("pad_token") is not None or token is None or ids[token] >= int(config.get("vocab_size", 0)):
+    vocab_size = config.get("vocab_size")
+    is_known = token is not None and isinstance(vocab_size, int) and 0 <= ids[token] < vocab_size
+    if settings.get("pad_token") is not None or token is None or not is_known:
         return {}
-    changed = {TOKENIZER_CONFIG: json_bytes({**settings, "pad_token": token}), CONFIG: json_bytes({**config, "pad_token_id": ids[token]})}
+    changed = {
+        TOKENIZER_CONFIG: _written_again(folder / TOKENIZER_CONFIG, {**settings, "pad_token": token}),
+        CONFIG: json_bytes({**config, "pad_token_id": ids[token]}),
+    }
     if (folder / SPECIAL_TOKENS).is_file():
-        changed[SPECIAL_TOKENS] = json_bytes({**read_json_object(folder / SPECIAL_TOKENS), "pad_token": token})
+        special = read_json_object(folder / SPECIAL_TOKENS)
+        changed[SPECIAL_TOKENS] = _written_again(folder / SPECIAL_TOKENS, {**special, "pad_token": token})
     return changed
+
+
+def _written_again(path: Path, content: Mapping[str, Any]) -> bytes:
+    """``content``, read from ``path``, as a file. Python reads more than JSON has: raises UserError for that."""
+    try:
+        return json_bytes(content)
+    except ValueError as error:
+        what = f"{path} holds what cannot be written again: a number that is not finite, or half of a UTF-16 pair"
+        raise UserError(f"{what} ({error}). {FETCH_AGAIN}") from error
 
 
 def _token_ids(folder: Path) -> dict[str, int]:
     """Token -> id, as the tokenizer's files say; {} where none does in a way known here."""
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json_object(folder / "tokenizer.json")
-        vocabulary = tokenizer.get("model", {}).get("vocab")
+        model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
         found = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-        found |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        found |= {token["content"]: token.get("id") for token in tokens if isinstance(token.get("content"), str)}
     for name in ("vocab.json", "added_tokens.json"):
         if (folder / name).is_file():
             found |= read_json_object(folder / name)
-    return found
+    return {token: number for token, number in found.items() if type(number) is int}
 
 
 def write_companions(contents: Mapping[str, bytes], target: Path) -> list[FileRecord]:

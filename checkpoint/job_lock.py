@@ -20,6 +20,7 @@ from checkpoint.tensor_file import explained_disk_errors
 from user_error import UserError
 
 LOCK_NAME = ".lock"
+MAX_OWNER_BYTES = 65536  # of what says who holds a lock; a longer file is none of ours
 
 
 class JobLock:
@@ -125,8 +126,9 @@ def _is_open_as(descriptor: int, path: Path) -> bool:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # not there, or its owner is just writing it
+        with path.open("rb") as file:
+            content = json.loads(file.read(MAX_OWNER_BYTES))
+    except (OSError, ValueError, RecursionError):  # not there, no file, or nothing of ours: its owner may be just writing it
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -135,7 +137,8 @@ def _owner(path: Path) -> str:
     owner = _content(path)
     if not owner:
         return "a job that has not yet written its name"
-    return f"process {owner.get('pid')} of {owner.get('user')} on {owner.get('host')}, started at {owner.get('started_at')}"
+    pid, user, host, started_at = (ascii(owner.get(name)).strip("'")[:64] for name in ("pid", "user", "host", "started_at"))
+    return f"process {pid} of {user} on {host}, started at {started_at}"
 
 
 def _user() -> str:

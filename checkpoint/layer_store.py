@@ -144,6 +144,11 @@ class StepWriter:
             os.rename(self.final, self.partial)
         shutil.rmtree(self.partial, ignore_errors=True)
 
+    def give_up(self) -> None:
+        """The keeper, where the others are lost: as abandon(), but a step that exists stays; it was ready everywhere."""
+        if not self._is_committed:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
     def _write(self, name: str, sources: Sequence[TensorSource]) -> FileRecord:
         with explained_disk_errors(self.partial / name):
             if not _seen_within(VISIBLE_WITHIN_S, (self.partial / name).parent.is_dir):

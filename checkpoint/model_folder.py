@@ -32,6 +32,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mo
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FINGERPRINT_ELEMENTS = 512
 MAX_LISTED = 10
+MAX_NESTING = 100  # of a JSON file; those that exist have less than ten
 MAX_NAME_BYTES = 255  # of Linux's filesystems
 HUB_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -247,9 +248,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}. {FETCH_AGAIN}") from error
     except RecursionError as error:
         raise UserError(f"{path} is not valid JSON of ours: it is nested too deeply. {FETCH_AGAIN}") from error
+    if _is_nested_deeper(content, MAX_NESTING):  # what can be read can be written again and shown only if it is not nested as deep as that
+        raise UserError(f"{path} is not valid JSON of ours: it is nested too deeply. {FETCH_AGAIN}")
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, it holds a {type(content).__name__}. {FETCH_AGAIN}")
     return content
+
+
+def _is_nested_deeper(content: Any, limit: int) -> bool:
+    """True if there are more than ``limit`` containers inside each other."""
+    level = [content]
+    for _ in range(limit + 1):
+        level = [part for part in level if isinstance(part, (dict, list))]
+        if not level:
+            return False
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return True
 
 
 def listed(what: str, items: list[str]) -> list[str]:

@@ -27,6 +27,7 @@ from checkpoint.tensor_file import CHUNK_BYTES, DTYPE_NAMES, TensorSource, own_m
 from user_error import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+MAX_ELEMENTS = 2**60 - 1  # their bytes, 8 each at most, are counted in 64 bits
 FETCH_AGAIN = "Fetch or write it again."
 log = logging.getLogger("checkpoint")
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -139,6 +140,8 @@ class TorchFile:
                 cure = "save it anew (torch.load, torch.save) where there is memory for it"
                 log.warning("%s %s and cannot be mapped: it takes %.1f GB of memory; or %s", path, why, path.stat().st_size / 1e9, cure)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+        except UserError:
+            raise
         except Exception as error:  # the bytes of a foreign file decide what is raised: zip, pickle, key, attribute, end of file ...
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if "Weights only load failed" in str(error):  # torch's text advises to run the code
@@ -196,9 +199,16 @@ def _is_plain(value: object) -> bool:
 
 
 def _is_little_endian(path: Path) -> bool:
-    """torch turns the bytes of the other kind around in memory, in pages that must then not be given back."""
+    """torch turns the bytes of the other kind around in memory, in pages that must then not be given back.
+
+    Raises UserError unless the parts lie uncompressed in the file, as torch writes them: torch would unpack whatever size they claim.
+    """
     with zipfile.ZipFile(path) as archive:
-        return all(archive.read(name) == b"little" for name in archive.namelist() if name.rpartition("/")[2] == "byteorder")
+        parts, size = archive.infolist(), path.stat().st_size
+        if any(part.compress_type != zipfile.ZIP_STORED or not part.file_size == part.compress_size <= size for part in parts):
+            raise UserError(f"{path} is not as torch writes it: its parts are compressed, or larger than the file. {FETCH_AGAIN}")
+        orders = [part for part in parts if part.filename.rpartition("/")[2] == "byteorder"]
+        return all(part.file_size == len(b"little") and archive.read(part) == b"little" for part in orders)
 
 
 def _extent(tensors: Iterable[Tensor]) -> range:
@@ -267,6 +277,8 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpe
         raise UserError(damaged) from error
     if dtype_name not in DTYPES:
         raise UserError(f"{path}: the tensor {name} has the dtype {dtype_name}; weights must be one of {', '.join(DTYPES)}")
+    if math.prod(max(1, number) for number in shape) > MAX_ELEMENTS:  # an empty tensor can have any size beside its 0
+        raise UserError(damaged)
     spec = TensorSpec(dtype=DTYPES[dtype_name], shape=torch.Size(shape))
     if end - begin != spec.num_bytes:
         raise UserError(damaged)

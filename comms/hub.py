@@ -1,105 +1,128 @@
 """The hub: a small server in rank 0's process where all ranks meet, and that notices at once when one of them is gone.
 
-Every rank connects to it before any process group exists, says who it is and what it was started with, and keeps the connection
-for the whole job. So a wrong world size, a rank taken twice or different flags are named to everybody within a second (bare torch
-waits out its time-outs and names nobody); and since the kernel closes a dead process's connection whatever it was doing, a killed
-rank is known in milliseconds in any phase, without heartbeats that a busy interpreter could miss.
+Every rank connects to it before any process group exists, proves that it knows the job's secret (handshake.py), says who it is and what it
+was started with (roster.py), and keeps the connection for as long as this meeting lasts. So a stranger, a wrong world size, a rank taken
+twice or different flags are named within a second (bare torch waits out its time-outs and names nobody); and since the kernel closes a dead
+process's connection whatever it was doing, a killed rank is known in milliseconds in any phase. Beats over the same connection tell of
+frozen ranks and cut networks (heartbeat.py).
 
-Wire format: one JSON object per line, both ways; nothing else is ever parsed.
+One JSON object per line, both ways, sealed; nothing else is ever parsed.
 
-    hub     -> rank   {"hub": PROTOCOL}                                  greeting
-    rank    -> hub    Hello                                              who I am
-    hub     -> rank   {"formed": {...}} | {"refused": text}              verdict, once all are there or something is wrong
-    rank    -> hub    {"failed": text, "restart_helps": bool} | {"done": true}            at the end
-    hub     -> rank   {"lost": rank, "text": text, "restart_helps": bool}                 somebody is gone
+    rank    -> hub    Hello                                               who I am
+    hub     -> rank   {"formed": {...}} | {"refused": text} | {"wait": text} | {"again": text}        verdict, once all are there
+    rank    -> hub    {"beat": Beat}                                      twice a second
+    hub     -> rank   {"tick": words}                                     as often: I live, and this is what rank 0 does
+    rank    -> hub    {"failed": text, "restart_helps": bool, "trace": text} | {"broken": text} | {"done": true}       at the end
+    hub     -> rank   {"end": true}                                       everybody is done
+    hub     -> rank   {"lost": rank, "text": text, "restart_helps": bool, "trace": text}              the job ends
+    hub     -> rank   {"again": text}                                     everybody parts and meets again, at the same door
 
-Left to others: the client side (lifeline.py), process groups (groups.py), frozen peers.
+Left to others: the client side (lifeline.py), process groups (groups.py), what a rank does then (training/).
 """
 
 import asyncio
-import json
-import os
+import contextlib
+import logging
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-PROTOCOL = "geo-clm-trainer/1"
-HELLO_TIMEOUT_S = 10.0
-MAX_LINE_BYTES = 2**20
+import psutil
+
+from comms.gate import Gate
+from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, Session
+from comms.heartbeat import BEAT_S, Beat, Pulse, find_overdue
+from comms.roster import Hello, find_problem
+from comms.secret import Secret
+
+log = logging.getLogger("trainer")
+
 LAST_WORDS_S = 1.0
+SUSPICION_S = 1.0  # from a failed exchange until it counts as a broken link: the death of a rank is known by then
+DEATH_S = 0.5  # from the end of a connection until its process, if it died, is gone from this host's table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hello:
-    """What a rank tells the hub. ``plan`` must be equal on all ranks; ``problem`` is a mistake found on this rank alone, else None."""
+class Rules:
+    """What a job puts up with. may_meet_again: a broken link, or a lost rank that a supervisor starts again, ends the meeting and not the
+    job. who_goes_on: of the ranks that are there, those that make a job by themselves, [] if none do. dead: ranks known to be lost when the
+    meeting begins; grace_s: after which others that have not come count as lost too."""
 
-    rank: int
-    world_size: int
-    host: str
-    host_id: str
-    pid: int
-    address: str
-    is_loopback: bool
-    plan: dict[str, Any]
-    problem: str | None = None
-
-    @property
-    def in_words(self) -> str:
-        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
-
-    @classmethod
-    def from_json(cls, line: bytes) -> "Hello":
-        """Raises ValueError, KeyError or TypeError for anything that is not a Hello."""
-        fields = json.loads(line)
-        hello = cls(**{name: fields[name] for name in cls.__dataclass_fields__})
-        kinds = {"rank": int, "world_size": int, "pid": int, "host": str, "host_id": str, "address": str, "is_loopback": bool, "plan": dict}
-        wrong = [name for name, kind in kinds.items() if type(getattr(hello, name)) is not kind]
-        if wrong or not isinstance(hello.problem, (str, type(None))):
-            raise TypeError(f"not what a rank says of itself: {wrong or 'problem'}")
-        return hello
+    may_meet_again: bool = False
+    who_goes_on: Callable[[frozenset[int]], list[int]] = lambda present: []
+    dead: frozenset[int] = frozenset()
+    grace_s: float = 0.0
+    is_first_meeting: bool = True
+    peer_timeout_s: float | None = None
 
 
 @dataclass
 class _Member:
     hello: Hello
     writer: asyncio.StreamWriter
+    session: Session
+    pulse: Pulse
     is_done: bool = False
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Small enough for the socket's buffer: asyncio hands it to the kernel at once."""
+        if not self.writer.is_closing():
+            self.writer.write(self.session.seal(message))
 
 
 @dataclass
 class _Verdict:
     formed: dict[str, Any] | None = None
     refused: str | None = None
+    restart_helps: bool = False
+    again: str | None = None
     members: dict[int, _Member] = field(default_factory=dict)
+    waiting: dict[int, _Member] = field(default_factory=dict)  # of replicas without which the job goes on
 
 
 class Hub:
-    """The server. Runs on a thread of rank 0's process from construction to close().
+    """The server of one meeting. Runs on a thread of rank 0's process from construction to close().
 
-    listener: a bound, listening socket that becomes the hub's. formed: what every rank is told with the roster (the store's
-    address). describe: rank -> words such as "rank 3 (stage 1 of 2, replica 1 of 2)". problem: a mistake that rank 0 found on its
-    own; the hub then only tells it to everybody who comes."""
+    listener: a bound, listening socket that becomes the hub's. describe: rank -> words such as "rank 3 (stage 1 of 2, replica 1 of 2)".
+    problem: a mistake that rank 0 found on its own; the hub then only tells it to everybody who comes."""
 
     def __init__(
         self,
         listener: socket.socket,
         *,
+        secret: Secret,
         world_size: int,
         deadline_s: float,
-        formed: Mapping[str, Any],
+        store_port: int | None,
         describe: Callable[[int], str],
+        rules: Rules | None = None,
         problem: str | None = None,
     ) -> None:
-        self._world_size, self._deadline_s, self._formed, self._describe = world_size, deadline_s, formed, describe
+        self._secret, self._world_size, self._deadline_s = secret, world_size, deadline_s
+        self._gate = Gate(secret, store_port, self._serve_rank)
+        self._describe, self._rules = describe, rules or Rules()
         self._verdict = _Verdict(refused=problem)
-        self._num_others_told, self._deadline_passed = 0, False
+        self._num_others_told, self._deadline_passed, self._grace_passed = 0, False, False
         self._others_told, self._all_done, self._loss_told = threading.Event(), threading.Event(), threading.Event()
+        self._replica_is_back = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(listener,), name="hub", daemon=True)
         self._thread.start()
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """The ranks that this meeting has found to be gone, or begun without."""
+        gone = {rank for rank in range(self._world_size) if rank not in self._verdict.members and rank not in self._verdict.waiting}
+        return frozenset(gone)
+
+    @property
+    def replica_is_back(self) -> bool:
+        """Whether all ranks of a replica that the job goes on without are waiting to be taken back. Any thread may ask."""
+        return self._replica_is_back.is_set()
 
     def wait_until_refusal_told(self, timeout_s: float) -> None:
         """Block until all other ranks have come and heard the refusal, at most ``timeout_s``; ranks that missed the deadline are not
@@ -111,9 +134,15 @@ class Hub:
         """Block until the members have heard that one of them is lost, at most ``timeout_s``: what rank 0 does before it ends itself."""
         self._loss_told.wait(timeout_s)
 
+    def meet_again(self, text: str) -> None:
+        """Let everybody part and come again; from any thread."""
+        with contextlib.suppress(RuntimeError):  # it is closed
+            self._loop.call_soon_threadsafe(self._again, text)
+
     def close(self, timeout_s: float = 60.0) -> None:
-        """End the server once all members have said they are done, at most ``timeout_s`` later: they would take its end for a death."""
-        if self._verdict.formed is not None:
+        """End the server once all members have said they are done, at most ``timeout_s`` later: they would take its end for a death. Where
+        they are to meet again it ends at once."""
+        if self._verdict.formed is not None and self._verdict.again is None:
             self._all_done.wait(timeout_s)
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
@@ -121,164 +150,276 @@ class Hub:
 
     def _run(self, listener: socket.socket) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve(listener))
+        try:
+            self._loop.run_until_complete(self._serve(listener))
+        finally:
+            self._loop.close()
 
     async def _serve(self, listener: socket.socket) -> None:
-        server = await asyncio.start_server(self._serve_one, sock=listener, limit=MAX_LINE_BYTES, backlog=512)
-        deadline = asyncio.create_task(self._refuse_at_deadline())
+        server = await asyncio.start_server(self._gate.serve_one, sock=listener, limit=MAX_LINE_BYTES, backlog=512)
+        timers = [asyncio.create_task(self._refuse_at_deadline()), asyncio.create_task(self._feel_pulses())]
+        if self._rules.grace_s:
+            timers.append(asyncio.create_task(self._form_after_grace()))
         await self._stop.wait()
-        deadline.cancel()
         server.close()
+        for member in self._verdict.waiting.values():
+            member.send({"again": ""} if self._verdict.again is not None else {"refused": "the job has ended while this rank was waiting"})
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *timers, return_exceptions=True)
 
     async def _refuse_at_deadline(self) -> None:
         await asyncio.sleep(self._deadline_s)
         if self._verdict.formed is None and self._verdict.refused is None:
             self._deadline_passed = True
             missing = [self._describe(rank) for rank in range(self._world_size) if rank not in self._verdict.members]
+            strangers = f". Not let in, for want of the job's secret: {self._gate.last_refused}" if self._gate.last_refused else ""
             self._refuse(
                 f"all {self._world_size} ranks must arrive within {self._deadline_s:.0f} s (--rendezvous-timeout); missing: "
-                f"{', '.join(missing)}. Start them with the same --dist-url, or see what stopped them"
+                f"{', '.join(missing)}{strangers}. Start them with the same --dist-url, or see what stopped them",
+                restart_helps=True,
             )
 
-    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        member = None
-        try:
-            keep_alive(writer.get_extra_info("socket"))
-            _send(writer, {"hub": PROTOCOL})
-            hello = Hello.from_json(await asyncio.wait_for(reader.readline(), HELLO_TIMEOUT_S))
-            member = self._admit(hello, writer)
-            if member is not None:
-                await self._listen(member, reader)
-        except (ValueError, KeyError, TypeError, RecursionError, OSError, asyncio.TimeoutError):
-            pass  # a stranger, or one of ours that died: _gone tells them apart
-        finally:
-            if member is not None:
-                self._gone(member)
-            writer.close()
+    async def _form_after_grace(self) -> None:
+        await asyncio.sleep(self._rules.grace_s)
+        self._grace_passed = True
+        self._form_if_ready()
 
-    def _admit(self, hello: Hello, writer: asyncio.StreamWriter) -> _Member | None:
-        verdict = self._verdict
-        if verdict.formed is not None:
-            text = f"this --dist-url belongs to a job that is already running with all its ranks; {hello.in_words} is one too many"
-            _send(writer, {"refused": f"{text}. Give every process of a job its own --rank, and another job another port"})
+    async def _serve_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, session: Session) -> None:
+        hello = Hello.from_json(session.open(await asyncio.wait_for(reader.readline(), HANDSHAKE_TIMEOUT_S)))
+        if not hello.is_signed(self._secret):
+            raise ValueError("signed with another secret")
+        member = self._admit(hello, writer, session)
+        if member is None:
+            return
+        was_cut = False
+        try:
+            await self._listen(member, reader)
+        except OSError:
+            was_cut = True
+        finally:
+            if not self._stop.is_set():
+                await self._gone(member, was_cut)
+
+    def _admit(self, hello: Hello, writer: asyncio.StreamWriter, session: Session) -> _Member | None:
+        verdict, now = self._verdict, time.monotonic()
+        member = _Member(hello, writer, session, Pulse(came_at=now, moved_at=now))
+        if verdict.again is not None:
+            member.send({"again": verdict.again})
             return None
+        if verdict.formed is not None:
+            return self._admit_late(member)
         if hello.problem is not None and hello.rank == 0 and hello.world_size != self._world_size:
-            _send(writer, {"refused": "another job is meeting here"})  # a rank 0 of that size cannot be ours: it shall not end this job
+            member.send({"refused": "another job is meeting here"})  # a rank 0 of that size cannot be ours: it shall not end this job
             return None
         if verdict.refused is None:
-            problem = self._problem_with(hello)
+            problem = find_problem(hello, {rank: other.hello for rank, other in verdict.members.items()}, self._world_size)
             if problem is None:
-                member = verdict.members[hello.rank] = _Member(hello, writer)
-                self._form_if_complete()
+                verdict.members[hello.rank] = member
+                self._form_if_ready()
                 return member
             self._refuse(problem)
-        self._tell_refusal(writer, hello.rank)
+        self._tell_refusal(member)
         return None
 
-    def _problem_with(self, hello: Hello) -> str | None:
-        members = self._verdict.members
-        if (
-            hello.problem is not None and hello.rank == 0
-        ):  # the hub lives in rank 0's process, and a problem of that one does not come by wire
-            return (
-                f"two processes say they are rank 0: pid {os.getpid()} on {socket.gethostname()} and pid {hello.pid} on {hello.host}. "
-                "Give every process its own --rank or, if these are two jobs, each its own port. "
-                f"The second one says: {hello.problem}"
-            )
-        if hello.problem is not None:
-            return f"{hello.in_words}: {hello.problem}"
-        if hello.world_size != self._world_size:
-            return (
-                f"all ranks must agree on --world-size; {hello.in_words} was started with {hello.world_size}, rank 0 with "
-                f"{self._world_size}"
-            )
-        if not 0 <= hello.rank < self._world_size:
-            return f"--rank must be 0 .. {self._world_size - 1}; {hello.in_words} is outside"
-        if hello.rank in members:
-            first = members[hello.rank].hello
-            return (
-                f"every process needs its own --rank; rank {hello.rank} is taken twice: by pid {first.pid} on {first.host} and pid "
-                f"{hello.pid} on {hello.host}"
-            )
-        for other in members.values():
-            differing = sorted(k for k in {*hello.plan, *other.hello.plan} if hello.plan.get(k) != other.hello.plan.get(k))
-            if differing:
-                seen = "; ".join(f"{k}: {other.hello.plan.get(k)!r} and {hello.plan.get(k)!r}" for k in differing)
-                return (
-                    f"all ranks must be started alike; {other.hello.in_words} and {hello.in_words} differ in {seen}. Start all ranks "
-                    "with the same flags, model and versions"
-                )
-            if (hello.is_loopback or other.hello.is_loopback) and hello.host_id != other.hello.host_id:
-                return (
-                    f"ranks on several hosts cannot meet over a loopback interface; {other.hello.in_words} uses {other.hello.address}, "
-                    f"{hello.in_words} uses {hello.address}. Pass --net-interface with one that connects the hosts"
-                )
-        return None
+    def _admit_late(self, member: _Member) -> _Member | None:
+        """The ranks have met already: a lost one may come back, a broken connection may be made again, and anybody else is too many."""
+        hello, members = member.hello, self._verdict.members
+        known = members.get(hello.rank)
+        if known is not None and hello.is_again(known.hello) and self._rules.may_meet_again:
+            self._again(f"{self._describe(hello.rank)} on host {hello.host} has lost its connections and is back")
+            member.send({"again": ""})
+            return None
+        is_missing = known is None and 0 <= hello.rank < self._world_size and hello.problem is None
+        if not is_missing:
+            text = f"this --dist-url belongs to a job that is already running with all its ranks; {hello.in_words} is one too many"
+            member.send({"refused": f"{text}. Give every process of a job its own --rank, and another job another port"})
+            return None
+        problem = find_problem(hello, {rank: other.hello for rank, other in members.items()}, self._world_size)
+        if problem is not None:
+            member.send({"refused": problem})
+            return None
+        self._verdict.waiting[hello.rank] = member
+        self._wait_to_be_taken_back(member)
+        return member
 
-    def _form_if_complete(self) -> None:
-        members = self._verdict.members
-        if len(members) < self._world_size:
+    def _wait_to_be_taken_back(self, member: _Member) -> None:
+        member.send({"wait": "the job goes on without this replica, and takes it back when all its ranks are here"})
+        here = {*self._verdict.members, *self._verdict.waiting}
+        if len(self._who_goes_on(here)) > len(self._verdict.members):
+            self._replica_is_back.set()
+
+    def _who_goes_on(self, here: Collection[int]) -> list[int]:
+        return list(range(self._world_size)) if len(here) == self._world_size else self._rules.who_goes_on(frozenset(here))
+
+    def _form_if_ready(self) -> None:
+        verdict, rules = self._verdict, self._rules
+        if verdict.formed is not None or verdict.refused is not None or verdict.again is not None:
             return
-        roster = [asdict(members[rank].hello) for rank in range(self._world_size)]
-        for entry in roster:
-            del entry["plan"]
-        self._verdict.formed = {**self._formed, "roster": roster}
-        for member in members.values():
-            _send(member.writer, {"formed": self._verdict.formed})
+        absent = frozenset(range(self._world_size)) - set(verdict.members)
+        ranks = self._who_goes_on(verdict.members)
+        if not ranks or (absent and not self._grace_passed and not absent <= rules.dead):
+            return
+        roster = [verdict.members[rank].hello.entry for rank in ranks]
+        verdict.formed = {"roster": roster, "host_comes_back": verdict.members[0].hello.comes_back}
+        verdict.waiting = {rank: member for rank, member in verdict.members.items() if rank not in ranks}
+        verdict.members = {rank: verdict.members[rank] for rank in ranks}
+        for member in verdict.members.values():
+            member.send({"formed": verdict.formed})
+        for member in verdict.waiting.values():
+            self._wait_to_be_taken_back(member)
 
-    def _refuse(self, text: str) -> None:
-        self._verdict.refused = text
-        for rank, member in self._verdict.members.items():
-            self._tell_refusal(member.writer, rank)
+    def _refuse(self, text: str, *, restart_helps: bool = False) -> None:
+        self._verdict.refused, self._verdict.restart_helps = text, restart_helps
+        for member in self._verdict.members.values():
+            self._tell_refusal(member)
 
-    def _tell_refusal(self, writer: asyncio.StreamWriter, rank: int) -> None:
-        _send(writer, {"refused": self._verdict.refused})
-        self._num_others_told += rank != 0
+    def _tell_refusal(self, member: _Member) -> None:
+        member.send({"refused": self._verdict.refused, "restart_helps": self._verdict.restart_helps})
+        self._num_others_told += member.hello.rank != 0
         if self._num_others_told >= self._world_size - 1:
             self._others_told.set()
 
     async def _listen(self, member: _Member, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
-            message = json.loads(line)
-            if not isinstance(message, dict):
-                raise TypeError("a member sends objects")
-            if message.get("done"):
+            message = member.session.open(line)
+            if "beat" in message:
+                member.pulse.feel(Beat.from_json(message["beat"]), time.monotonic())
+            elif message.get("done"):
                 self._ended(member)
+                if self._all_done.is_set():
+                    for other in self._verdict.members.values():
+                        other.send({"end": True})
+            elif "broken" in message:
+                await self._suspect(member, str(message["broken"]))
             elif "failed" in message:
-                self._ended(member)
-                text = f"{self._describe(member.hello.rank)} on host {member.hello.host} stopped: {message['failed']}"
-                self._tell_others(member, text, restart_helps=bool(message.get("restart_helps")))
+                text = f"{self._name(member)} stopped: {message['failed']}"
+                helps = bool(message.get("restart_helps"))
+                self._lose(member, text, restart_helps=helps, trace=str(message.get("trace") or ""))
 
-    def _gone(self, member: _Member) -> None:
-        if member.is_done or self._verdict.refused is not None:
+    async def _suspect(self, member: _Member, text: str) -> None:
+        """An exchange failed: because somebody died, which is known in a moment, or because a connection broke."""
+        await asyncio.sleep(SUSPICION_S)
+        if self._is_over:
             return
-        rank, hello = member.hello.rank, member.hello
-        if self._verdict.formed is None:
-            self._refuse(f"{hello.in_words} went away while the ranks were meeting")
+        said = f"{self._name(member)} says: {text}"
+        if self._rules.may_meet_again:
+            self._again(f"a connection broke between ranks that all live; {said}")
+        else:
+            self._end(member, f"a connection broke; {said}", restart_helps=True)
+
+    async def _gone(self, member: _Member, was_cut: bool) -> None:
+        verdict, rank = self._verdict, member.hello.rank
+        if verdict.waiting.get(rank) is member:
+            del verdict.waiting[rank]
+            self._replica_is_back.clear()
             return
-        self._ended(member)
-        text = f"{self._describe(rank)} is gone: process {hello.pid} on host {hello.host} ended without a word"
-        self._tell_others(member, text, restart_helps=True)
+        if member.is_done or verdict.refused is not None or verdict.again is not None or verdict.members.get(rank) is not member:
+            return
+        if verdict.formed is None:
+            del verdict.members[rank]
+            if not member.hello.comes_back and self._rules.is_first_meeting:
+                self._refuse(f"{member.hello.in_words} went away while the ranks were meeting")
+            return
+        last_words = member.pulse.last_words(time.monotonic())
+        is_dead = await self._is_dead(member, was_cut)
+        if self._is_over:
+            return
+        if not is_dead and self._rules.may_meet_again:
+            self._again(f"the connection to {self._name(member)} broke")
+            return
+        hello = member.hello
+        self._lose(
+            member,
+            f"{self._describe(rank)} is gone: process {hello.pid} on host {hello.host} ended without a word, {last_words}. If nobody "
+            "killed it, that machine's kernel may have, for memory (dmesg)",
+            restart_helps=True,
+        )
+
+    async def _is_dead(self, member: _Member, was_cut: bool) -> bool:
+        """A process on this host can be looked for. From another one a dying process's kernel says goodbye, and a router that has forgotten
+        a connection resets it."""
+        if member.hello.host_id != self._verdict.members[0].hello.host_id:
+            return not was_cut
+        give_up = time.monotonic() + DEATH_S
+        while is_running(member.hello.pid):
+            if time.monotonic() > give_up:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    async def _feel_pulses(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(BEAT_S)
+            now = time.monotonic()
+            verdict, slept = self._verdict, now - last - BEAT_S
+            last = now
+            everybody = [*verdict.members.values(), *verdict.waiting.values()]
+            host = verdict.members.get(0)
+            for member in everybody:
+                if slept > BEAT_S:  # it was this process that stood still: nobody else is to blame for that time
+                    member.pulse.came_at += slept
+                    member.pulse.moved_at += slept
+                member.send({"tick": host.pulse.beat.doing if host is not None and host.pulse.beat is not None else ""})
+            if verdict.formed is None or self._is_over:
+                continue
+            pulses = {rank: member.pulse for rank, member in verdict.members.items() if not member.is_done}
+            overdue = find_overdue(pulses, now, self._rules.peer_timeout_s)
+            if overdue is not None:
+                member = verdict.members[overdue.rank]
+                self._lose(member, f"{self._name(member)} {overdue.why}", restart_helps=True)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._verdict.again is not None or self._verdict.refused is not None or self._loss_told.is_set()
+
+    def _name(self, member: _Member) -> str:
+        return f"{self._describe(member.hello.rank)} on host {member.hello.host}"
 
     def _ended(self, member: _Member) -> None:
         member.is_done = True
         if all(m.is_done for m in self._verdict.members.values()):
             self._all_done.set()
 
-    def _tell_others(self, source: _Member, text: str, *, restart_helps: bool) -> None:
-        for rank, member in sorted(self._verdict.members.items(), reverse=True):  # rank 0, whose process holds this thread, last
-            if member is not source and rank != source.hello.rank:
-                _send(member.writer, {"lost": source.hello.rank, "text": text, "restart_helps": restart_helps})
+    def _lose(self, member: _Member, text: str, *, restart_helps: bool, trace: str = "") -> None:
+        """A member will not go on: end the job, or let the others meet without it or wait for it."""
+        verdict, rules = self._verdict, self._rules
+        if self._is_over:
+            return
+        others = frozenset(verdict.members) - {member.hello.rank}
+        goes_on = rules.may_meet_again and restart_helps and (rules.who_goes_on(others) or member.hello.comes_back)
+        if goes_on and verdict.formed is not None:
+            if trace:
+                log.error("%s", trace)
+            del verdict.members[member.hello.rank]
+            member.send({"again": text})
+            self._again(text)
+        else:
+            self._end(member, text, restart_helps=restart_helps, trace=trace)
+
+    def _end(self, source: _Member, text: str, *, restart_helps: bool, trace: str = "") -> None:
+        self._ended(source)
+        message = {"lost": source.hello.rank, "text": text, "restart_helps": restart_helps}
+        everybody = {**self._verdict.members, **self._verdict.waiting}
+        for rank, member in sorted(everybody.items(), reverse=True):  # rank 0, whose process holds this thread, last
+            member.send({**message, "trace": trace} if rank == 0 and member is not source else message)
+        self._loss_told.set()
+
+    def _again(self, text: str) -> None:
+        if self._is_over:
+            return
+        self._verdict.again = text
+        everybody = {**self._verdict.members, **self._verdict.waiting}
+        for _, member in sorted(everybody.items(), reverse=True):
+            member.send({"again": text})
         self._loss_told.set()
 
 
-def keep_alive(connection: socket.socket) -> None:
-    """Let the kernel probe a silent connection: routers then do not forget it, and a peer that is cut off shows after about a minute."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 5)):  # seconds, seconds, probes
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
-    """Small enough for the socket's buffer: asyncio hands it to the kernel at once."""
-    writer.write(json.dumps(message).encode() + b"\n")
+def is_running(pid: int) -> bool:
+    """Whether the process ``pid`` of this host lives; one that has ended and that nobody has waited for does not."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False

@@ -4,11 +4,13 @@ A wrong name on one rank would make the *others* wait a whole timeout, so a name
 lists them (netifaces, which the relatives use, is unmaintained since 2021). What this leaves to others: opening sockets (rendezvous.py).
 """
 
+import contextlib
 import os
 import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 
 import psutil
 
@@ -76,6 +78,24 @@ def _source_address(host: str) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise UserError(f"the host of --dist-url must be a name or address this machine can reach; {host!r} is not ({error})") from error
+
+
+def check_not_public(interface: Interface, *, allowed: bool) -> None:
+    """Raises UserError for an interface whose address is one of the public internet, unless that is ``allowed``."""
+    if allowed or not ip_address(interface.address.split("%")[0]).is_global or _is_tunnel(interface.name):
+        return
+    raise UserError(
+        f"the ranks must meet over a private network; {interface.name} has the public address {interface.address}, where anybody can connect "
+        "to the ports that gloo and NCCL open, and can read what is sent, since neither authenticates or encrypts. Make a tunnel with "
+        "python -m comms.wireguard (docs/security.md) and pass --net-interface wg0, or, if that is what you want, --allow-public-interface"
+    )
+
+
+def _is_tunnel(name: str) -> bool:
+    """Whether packets of this interface leave inside of others: WireGuard's and tun devices have no link layer (ARPHRD_NONE)."""
+    with contextlib.suppress(OSError):
+        return Path(f"/sys/class/net/{name}/type").read_text().strip() == "65534"
+    return False
 
 
 def select_for_transport(interface: Interface, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -1,127 +1,294 @@
 """A rank's side of the hub: joining the job, and hearing at once when another rank is gone.
 
-Promises: join() ends, within the deadline, with the roster or a UserError that says what is wrong and with whom; afterwards a
-thread listens, and the callback gets one sentence naming the lost rank. Left to others: what to do then (training/job.py)."""
+Promises: join() ends, within the deadline, with the roster or a UserError that says what is wrong and with whom; afterwards one thread
+listens and one sends beats, and the callback gets at most one Trouble. Left to others: what to do then (training/)."""
 
 import contextlib
-import json
+import math
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from comms.hub import MAX_LINE_BYTES, PROTOCOL, Hello, keep_alive
+from comms.gate import keep_alive
+from comms.handshake import MAX_LINE_BYTES, Reply, Session
+from comms.heartbeat import BEAT_S, Beat, silent_after_s
+from comms.links import PeerLost
+from comms.roster import Hello
+from comms.secret import Secret
 from user_error import UserError
 
 GREETING_TIMEOUT_S = 10.0
 VERDICT_MARGIN_S = 15.0
+RETRY_S = 0.1
+
+
+class NotLetIn(UserError):
+    """Whoever listens at --dist-url and this rank do not know the same secret."""
+
+
+class _MeetAgain(Exception):
+    """The meeting at the door is ending; the next one begins in a moment. Its argument: whether rank 0 said so itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """What has happened to the job, in a sentence. meets_again: everybody parts and comes again, and it goes on; otherwise the job ends, and
+    restart_helps says whether starting it again with the same command can help. trace: of the exception that ended another rank, ''
+    elsewhere than on rank 0."""
+
+    text: str
+    meets_again: bool = False
+    restart_helps: bool = True
+    trace: str = ""
 
 
 class Lifeline:
-    """The connection of one rank to the hub at ``address``, from join() to done()."""
+    """The connection of one rank to the hub at ``address``, from join() to finish() or leave()."""
 
-    def __init__(self, address: tuple[str, int], *, deadline_s: float) -> None:
-        self._address, self._deadline_s = address, deadline_s
-        self._lost = threading.Event()
-        self._lost_text = ""
-        self._ended = False
+    def __init__(self, address: tuple[str, int], secret: Secret, *, deadline_s: float, peer_timeout_s: float | None = None) -> None:
+        self._address, self._secret, self._deadline_s = address, secret, deadline_s
+        self._silent_s = silent_after_s(peer_timeout_s)
+        self._host_said, self._heard_at = "", time.monotonic()
+        self._troubled, self._ended, self._all_done = threading.Event(), threading.Event(), threading.Event()
+        self._trouble: Trouble | None = None
+        self._writing = threading.Lock()
         self._connection: socket.socket | None = None
 
     @property
     def _place(self) -> str:
         return f"tcp://{self._address[0]}:{self._address[1]}"
 
-    def join(self, hello: Hello) -> dict[str, Any]:
-        """Say hello and wait for the verdict. Returns what the hub says once all ranks are there: the roster and the store's address.
+    def join(self, hello: Hello, on_wait: Callable[[str], None] = lambda text: None, *, refused_s: float = math.inf) -> dict[str, Any]:
+        """Say hello and wait for the verdict. Returns what the hub says once all ranks are there: the roster, checked entry by entry.
 
-        Raises UserError: nobody answers, a foreign program answers, the job was refused, or rank 0 went away.
+        on_wait: called with the reason where the job goes on without this rank for now; then there is no deadline. refused_s: seconds after
+        which a machine that refuses connections to the door has no rank 0 any more. Raises UserError: nobody answers, a foreign program
+        answers, the secret is another one, the job was refused, or rank 0 went away; PeerLost after refused_s.
         """
-        self._connection = self._connect()
+        give_up = time.monotonic() + self._deadline_s
+        while True:
+            self._connection = self._connect(give_up, refused_s)
+            try:
+                formed = self._say_hello(hello.signed(self._secret), on_wait)
+                break
+            except _MeetAgain as again:
+                self._connection.close()
+                if again.args[0]:  # rank 0 lives: its time to open the next meeting starts now
+                    give_up = time.monotonic() + self._deadline_s
+                elif time.monotonic() > give_up:
+                    raise self._foreign() from again
+                time.sleep(RETRY_S)
+        roster = [Hello.from_json(entry) for entry in formed["roster"]]
+        strangers = [entry.in_words for entry in roster if not entry.is_signed(self._secret)]
+        if strangers:
+            raise UserError(
+                f"every rank signs what it says of itself with the job's secret; {strangers[0]} has not. Somebody else is there"
+            )
+        return formed
+
+    def _say_hello(self, hello: Hello, on_wait: Callable[[str], None]) -> dict[str, Any]:
+        assert self._connection is not None, "connected by join()"
         keep_alive(self._connection)
-        self._reader = self._connection.makefile("rb")
+        self._lines = _Lines(self._connection)
         self._connection.settimeout(GREETING_TIMEOUT_S)
-        try:
-            greeting = self._read()
-        except (OSError, ValueError) as error:
-            raise self._foreign() from error
-        if greeting is None or greeting.get("hub") != PROTOCOL:
-            raise self._foreign()
-        self._connection.settimeout(self._deadline_s + VERDICT_MARGIN_S)
+        self._session = self._shake_hands(hello.in_words)
+        has_waited = False
+        give_up = time.monotonic() + self._deadline_s + VERDICT_MARGIN_S
+        self._connection.settimeout(max(VERDICT_MARGIN_S, self._silent_s))  # the hub ticks while it waits, too
         try:
             self._write(asdict(hello))
-            verdict = self._read()
+            while True:
+                said = self._read()
+                if said is None:
+                    if has_waited:
+                        raise _MeetAgain(False)
+                    raise UserError(f"rank 0 at {self._place} went away while the ranks were meeting; see its output")
+                if "tick" in said:
+                    if not has_waited and time.monotonic() > give_up:
+                        raise UserError(f"rank 0 at {self._place} lives and came to no verdict; see its output")
+                    self._write({"beat": asdict(_IDLE)})
+                elif "again" in said:
+                    raise _MeetAgain(True)
+                elif "wait" in said:
+                    has_waited = True
+                    on_wait(str(said["wait"]))
+                elif "refused" in said:
+                    raise _refused(str(said["refused"]), restart_helps=bool(said.get("restart_helps")))
+                else:
+                    return dict(said["formed"])
         except (OSError, ValueError) as error:
+            if has_waited:
+                raise _MeetAgain(False) from error
             raise UserError(f"rank 0 at {self._place} stopped answering while the ranks were meeting ({error}); see its output") from error
-        if verdict is None:
-            raise UserError(f"rank 0 at {self._place} went away while the ranks were meeting; see its output")
-        if "refused" in verdict:
-            raise UserError(str(verdict["refused"]))
-        self._connection.settimeout(None)
-        return dict(verdict["formed"])
 
-    def watch(self, on_loss: Callable[[str, bool], None]) -> None:
-        """Listen from now on; ``on_loss`` is called, on the listening thread and at most once, with a sentence naming the rank that
-        is gone, and whether starting again with the same command can help.
-        """
-        threading.Thread(target=self._watch, args=(on_loss,), name="lifeline", daemon=True).start()
-
-    def _watch(self, on_loss: Callable[[str, bool], None]) -> None:
+    def _shake_hands(self, who: str) -> Session:
         try:
-            message = self._read()
-        except (OSError, ValueError):
-            message = None
-        if self._ended:
+            greeting = self._lines.next()
+            if not greeting:
+                raise _MeetAgain(False)  # the old door was closing
+            reply = Reply(self._secret, "rank", who, greeting)
+            self._send(reply.line)
+            session = reply.session(self._lines.next())
+        except (ConnectionResetError, BrokenPipeError) as error:
+            raise _MeetAgain(False) from error
+        except (OSError, ValueError) as error:
+            raise self._foreign() from error
+        if session is None:
+            raise NotLetIn(
+                f"all ranks of a job share one secret (--secret-file or DIST_SECRET); that of rank 0 at {self._place} is not the one of {who}. "
+                "Copy the same file to every host, and look whether another job or another user listens there"
+            )
+        return session
+
+    def watch(self, on_trouble: Callable[[Trouble], None], beat: Callable[[], Beat], *, host_returns: bool) -> None:
+        """Listen and send beats from now on; ``on_trouble`` is called, on the listening thread and at most once. host_returns: whether to
+        wait for rank 0 to open another meeting where it falls silent or dies."""
+        self._heard_at = time.monotonic()
+        threading.Thread(target=self._watch, args=(on_trouble, host_returns), name="lifeline", daemon=True).start()
+        threading.Thread(target=self._keep_beating, args=(beat,), name="heartbeat", daemon=True).start()
+
+    def _watch(self, on_trouble: Callable[[Trouble], None], host_returns: bool) -> None:
+        assert self._connection is not None, "join() comes first"
+        self._connection.settimeout(self._silent_s)
+        trouble = None
+        while trouble is None:
+            try:
+                said = self._read()
+                if said is None:
+                    trouble = Trouble(text=f"rank 0 at {self._place} is gone, {self._host_last}", meets_again=host_returns)
+                elif "tick" in said:
+                    self._host_said, self._heard_at = str(said["tick"]), time.monotonic()
+                elif "end" in said:
+                    self._all_done.set()
+                    return
+                elif "again" in said:
+                    trouble = Trouble(text=str(said["again"]), meets_again=True)
+                else:
+                    helps = bool(said.get("restart_helps", True))
+                    trouble = Trouble(text=str(said.get("text")), restart_helps=helps, trace=str(said.get("trace") or ""))
+            except TimeoutError:
+                if (
+                    time.monotonic() - self._heard_at < 2 * self._silent_s
+                ):  # else this process itself slept: what came meanwhile is read first
+                    text = (
+                        f"rank 0 at {self._place} has given no sign of life for {self._silent_s:.0f} s (--peer-timeout), {self._host_last}"
+                    )
+                    trouble = Trouble(text=f"{text}. Its machine may be suspended, or the network between cut", meets_again=host_returns)
+                self._heard_at = time.monotonic()
+            except (OSError, ValueError) as error:
+                trouble = Trouble(text=f"the connection to rank 0 at {self._place} broke ({error}), {self._host_last}", meets_again=True)
+        if self._ended.is_set():
             return
-        self._lost_text = str(message["text"]) if message and "text" in message else f"rank 0 at {self._place} is gone"
-        on_loss(self._lost_text, bool(message.get("restart_helps", True)) if message else True)
-        self._lost.set()  # after it: where on_loss ends the process, no other thread speaks in between
+        self._trouble = trouble
+        on_trouble(trouble)
+        self._troubled.set()  # after it: where on_trouble ends the process, no other thread speaks in between
 
-    def cause_of_loss(self, timeout_s: float) -> str | None:
-        """The sentence about the lost rank once on_loss has dealt with it, waiting at most ``timeout_s``; None if nobody is known to
-        be lost.
-        """
-        return self._lost_text if self._lost.wait(timeout_s) else None
+    @property
+    def _host_last(self) -> str:
+        doing = f", in {self._host_said}" if self._host_said else ""
+        return f"last heard of {time.monotonic() - self._heard_at:.1f} s ago{doing}"
 
-    def report_failure(self, text: str, *, restart_helps: bool) -> None:
+    def _keep_beating(self, beat: Callable[[], Beat]) -> None:
+        with contextlib.suppress(OSError):
+            while not self._ended.wait(BEAT_S):
+                self._write({"beat": asdict(beat())})
+
+    def trouble(self, timeout_s: float) -> Trouble | None:
+        """What has happened, once on_trouble has dealt with it, waiting at most ``timeout_s``; None if nothing is known."""
+        return self._trouble if self._troubled.wait(timeout_s) else None
+
+    def report_broken(self, text: str) -> None:
+        """Tell the hub that an exchange failed while nobody is known to be lost."""
+        with contextlib.suppress(OSError):
+            self._write({"broken": text})
+
+    def report_failure(self, text: str, *, restart_helps: bool, trace: str = "") -> None:
         """Tell the others, through the hub, that this rank stops and why; and whether starting again with the same command can help."""
-        self._ended = True
+        self._ended.set()
         if self._connection is not None:
             with contextlib.suppress(OSError):
-                self._write({"failed": text, "restart_helps": restart_helps})
+                self._write({"failed": text, "restart_helps": restart_helps, "trace": trace[-(MAX_LINE_BYTES // 4) :]})
 
-    def done(self) -> None:
-        """This rank ends well: its connection may close."""
-        self._ended = True
+    def finish(self) -> None:
+        """This rank's work is done: returns when everybody's is, so that nobody's end is taken for a loss. Raises PeerLost if there was
+        trouble before that."""
+        with contextlib.suppress(OSError):  # the listening thread learns of it, too
+            self._write({"done": True})
+        while not self._all_done.wait(BEAT_S):
+            if self._trouble is not None:
+                raise PeerLost(self._trouble.text)
+        self._ended.set()
+
+    def leave(self) -> None:
+        """This meeting is over for this rank, which comes to the next one."""
+        self._ended.set()
         if self._connection is not None:
             with contextlib.suppress(OSError):
-                self._write({"done": True})
+                self._connection.shutdown(socket.SHUT_RDWR)
+            self._connection.close()
 
-    def _connect(self) -> socket.socket:
-        give_up = time.monotonic() + self._deadline_s
+    def _connect(self, give_up: float, refused_s: float) -> socket.socket:
+        began = time.monotonic()
         while True:
             try:
                 return socket.create_connection(self._address, timeout=max(0.1, min(5.0, give_up - time.monotonic())))
             except OSError as error:
+                if isinstance(error, ConnectionRefusedError) and time.monotonic() - began > refused_s:
+                    raise PeerLost(f"rank 0 at {self._place} is gone: its machine refuses connections to it") from error
                 if time.monotonic() >= give_up:
-                    raise UserError(
+                    raise _refused(
                         f"rank 0 must answer at {self._place} (--dist-url) within {self._deadline_s:.0f} s (--rendezvous-timeout); it does "
                         f"not ({error}). "
-                        "Start rank 0 there, and check the address, the port and any firewall between"
+                        "Start rank 0 there, and check the address, the port and any firewall between",
+                        restart_helps=True,
                     ) from error
-                time.sleep(0.1)
+                time.sleep(RETRY_S)
 
     def _read(self) -> dict[str, Any] | None:
-        line = self._reader.readline(MAX_LINE_BYTES)
-        return json.loads(line) if line else None
+        line = self._lines.next()
+        return self._session.open(line) if line else None
 
     def _write(self, message: dict[str, Any]) -> None:
+        with self._writing:  # a line's number is part of its seal
+            self._send(self._session.seal(message))
+
+    def _send(self, line: bytes) -> None:
         assert self._connection is not None, "join() comes first"
-        self._connection.sendall(json.dumps(message).encode() + b"\n")
+        self._connection.sendall(line)
 
     def _foreign(self) -> UserError:
         return UserError(
             f"--dist-url must be where rank 0 of this job listens; at {self._place} something else answers. Choose a port that "
             "is free on that host"
         )
+
+
+def _refused(text: str, *, restart_helps: bool) -> UserError:
+    error = UserError(text)
+    error.restart_helps = restart_helps
+    return error
+
+
+class _Lines:
+    """Lines of a socket; after a time-out reading goes on where it was, which a file made of the socket cannot."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._buffer = connection, b""
+
+    def next(self) -> bytes:
+        """The next line, b"" at the end. Raises TimeoutError, OSError; ValueError for a line longer than MAX_LINE_BYTES."""
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > MAX_LINE_BYTES:
+                raise ValueError("too long a line")
+            piece = self._connection.recv(2**16)
+            if not piece:
+                return b""
+            self._buffer += piece
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line + b"\n"
+
+
+_IDLE = Beat(doing="meeting the others", for_s=0.0, moves=0, is_in_step=False, waits=True, longest_step_s=0.0)

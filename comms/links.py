@@ -219,4 +219,5 @@ class naming_the_peer:  # noqa: N801 - used as a context manager function, a cla
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError):
             cause = re.sub(r"^\[[^\]]*\] ?", "", str(error).splitlines()[0])  # less the path of the source file it was compiled from
+            cause = cause.partition(". This is typically")[0]  # gloo's advice is to look at the other rank, which we name
             raise PeerLost(f"the exchange failed while {self._doing}: {cause}") from error

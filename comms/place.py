@@ -9,6 +9,7 @@ rank = replica * num_stages + stage, so that the stages of one pipeline are neig
                  +-- gradients of a stage are summed over its column
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from user_error import UserError
@@ -58,3 +59,10 @@ def place_of(rank: int, *, dp_size: int, pp_size: int) -> Place:
     if not 0 <= rank < world_size:
         raise UserError(f"--rank must be 0 .. {world_size - 1} (world size {world_size}); it is {rank}. Give every process its own rank")
     return Place(rank=rank, dp=rank // pp_size, pp=rank % pp_size, dp_size=dp_size, pp_size=pp_size)
+
+
+def whole_replicas(present: Collection[int], *, dp_size: int, pp_size: int) -> list[int]:
+    """Of the ranks that are there, those whose pipeline is whole; [] unless that of rank 0 is, where the data is read."""
+    replicas = [range(dp * pp_size, (dp + 1) * pp_size) for dp in range(dp_size)]
+    whole = [ranks for ranks in replicas if all(rank in present for rank in ranks)]
+    return [rank for ranks in whole for rank in ranks] if replicas[0] in whole else []

@@ -1,8 +1,7 @@
 """From --dist-url (or torchrun's environment) to a store that all ranks of this job, and only they, use.
 
-Rank 0 binds every listening socket itself, on the address of the chosen interface: TCPStore left alone would listen on every
-address. --dist-url is the hub's door; the TCPStore that process groups need listens at a free port of the same address and is
-announced by the hub. Under torchrun the port in MASTER_PORT is held by its agent, so its store only carries the hub's address,
+Rank 0 binds the one listening socket itself, on the address of the chosen interface: TCPStore left alone would listen on every
+address. --dist-url is the hub's door, and the way to the TCPStore that process groups need (store_tunnel.py). Under torchrun the port in MASTER_PORT is held by its agent, so its store only carries the hub's address,
 under a prefix per restart attempt."""
 
 import errno
@@ -102,15 +101,3 @@ def check_door_is_here(door: Door, interface: Interface) -> str:
         f"rank 0 listens at --dist-url on the chosen interface only; {door.host} {where}, the interface is {interface.name} "
         f"({', '.join(interface.addresses)}). Use an address of {interface.name} in --dist-url, or another --net-interface"
     )
-
-
-def serve_store(address: str, timeout: timedelta) -> tuple[dist.TCPStore, int]:
-    """On rank 0: a TCPStore that listens on ``address`` alone, at a free port. Returns it and the port."""
-    listener = listen(address, 0)
-    port = listener.getsockname()[1]
-    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()), port
-
-
-def join_store(address: str, port: int, timeout: timedelta) -> dist.TCPStore:
-    """On the other ranks: a client of rank 0's store."""
-    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)

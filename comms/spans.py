@@ -1,11 +1,13 @@
 """What a rank is doing, and when: spans of time that name their work.
 
-Always on in its cheap form (one attribute, so that a message about a lost peer can say what this rank was doing). Recording every
-span is asked for by tests and by --profiling tidy_profiling (training/tracing.py)."""
+Always on in its cheap form (a few attributes, so that a message about a lost peer can say what it was doing, and since when). Recording
+every span is asked for by tests and by --profiling tidy_profiling (training/tracing.py)."""
 
 import time
 from collections.abc import Callable
 from typing import NamedTuple
+
+from comms.heartbeat import Beat
 
 # What a span's time is spent on. Names serve failure messages ("step 12, forward of micro-batch 3"); traces are read by category.
 CATEGORIES = {
@@ -25,6 +27,7 @@ CATEGORIES = {
     "update": "optimizer",
     "waiting for data": "data-wait",
 }
+WAITING = frozenset({"recv", "send", "allreduce", "data-wait"})  # categories of time spent waiting for another rank
 OTHER = "other"  # the category of every other name: checkpoints, barriers
 
 
@@ -50,7 +53,10 @@ class Spans:
         self._record = record
         self._synchronize: Callable[[], None] | None = None
         self._step: int | None = None
+        self._step_began: float | None = None
+        self._longest_step_s = 0.0
         self._current: tuple[str, int | None] = ("starting", None)
+        self._since, self._moves = clock(), 0
 
     def start_recording(self, synchronize: Callable[[], None] | None = None) -> None:
         """Record every span that is opened from now on.
@@ -70,11 +76,16 @@ class Spans:
 
     def enter_phase(self, name: str) -> None:
         """Name what is done outside of steps, until the next call."""
-        self._current = (name, None)
+        self._step, self._step_began, self._current = None, None, (name, None)
+        self._moved()
 
     def enter_step(self, step: int) -> None:
         """All spans until the next call belong to ``step``."""
-        self._step, self._current = step, ("the work between steps", None)
+        now = self.clock()
+        if self._step_began is not None:
+            self._longest_step_s = max(self._longest_step_s, now - self._step_began)
+        self._step, self._step_began, self._current = step, now, ("the work between steps", None)
+        self._moved()
 
     def span(self, name: str, micro_batch: int | None = None) -> "_OpenSpan":
         """Name the work done inside the block: ``with spans.span("forward", i):``. Spans may nest."""
@@ -85,6 +96,23 @@ class Spans:
         if self._record:
             now = self.clock()
             self.recorded.append(Span(name, None, now, now, self._step))
+
+    @property
+    def beat(self) -> Beat:
+        """What this rank says of itself to the hub. Called on any thread."""
+        name, _ = self._current
+        return Beat(
+            doing=self.in_words,
+            for_s=max(0.0, self.clock() - self._since),
+            moves=self._moves,
+            is_in_step=self._step is not None and name in CATEGORIES,
+            waits=CATEGORIES.get(name) in WAITING,
+            longest_step_s=self._longest_step_s,
+        )
+
+    def _moved(self) -> None:
+        self._since = self.clock()
+        self._moves += 1
 
     @property
     def in_words(self) -> str:
@@ -105,7 +133,8 @@ class _OpenSpan:
     def __enter__(self) -> None:
         spans = self._spans
         self._before, spans._current = spans._current, self._work
-        self._start = spans.clock() if spans._record else None
+        spans._moved()
+        self._start = spans._since if spans._record else None
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is not None:
@@ -116,3 +145,4 @@ class _OpenSpan:
                 spans._synchronize()
             spans.recorded.append(Span(*self._work, self._start, spans.clock(), spans._step))
         spans._current = self._before
+        spans._moved()

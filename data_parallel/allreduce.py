@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from comms.links import naming_the_peer
 from comms.spans import Spans
@@ -65,10 +66,11 @@ class GradientBuckets:
         self._next_launch = 0
         self._pending: list[dist.Work] = []
         self._armed = False
+        self._hooks: list[RemovableHandle] = []
         self._bucket_of: dict[Tensor, _Bucket] = {parameter: bucket for bucket in self._launch_order for parameter in bucket.parameters}
         if groups:
             for parameter in self._bucket_of.keys() - set(added_elsewhere):
-                parameter.register_post_accumulate_grad_hook(self._added_by_backward)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._added_by_backward))
 
     def _added_by_backward(self, parameter: Tensor) -> None:
         if self._armed:
@@ -107,6 +109,11 @@ class GradientBuckets:
             for work in self._pending:
                 work.wait()
         self._pending.clear()
+
+    def close(self) -> None:
+        """Let go of the parameters: no gradient is counted any more. ``.grad`` stays what it is."""
+        for hook in self._hooks:
+            hook.remove()
 
     def zero(self) -> None:
         """Set every gradient to 0, in place: parameters keep their views."""

@@ -1,7 +1,7 @@
 """One reduction per optimizer step, from which every rank decides alike: skip, clip, log, stop.
 
 The vector has an entry per layer for its squared gradient norm (filled only by the rank of replica 0 that owns the layer), one per
-replica for its loss (filled by its last stage) and one for the ranks that were asked to stop. Adding zeros is exact, and every rank then
+replica for its loss (filled by its last stage) and one each for the ranks that were asked to stop or to meet anew. Adding zeros is exact, and every rank then
 sums the entries in the same order, so the clip factor has the same bits for any cut of the model."""
 
 import math
@@ -22,12 +22,13 @@ CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 @dataclass(frozen=True, kw_only=True)
 class StepDecision:
     """Equal to the last bit on all ranks. loss: mean over the target tokens of the global batch, before the update. stop: some rank was
-    asked to end the run. sums: what the ranks gave to be added up."""
+    asked to end the run; meets_again: some rank asked that all meet anew behind this step. sums: what the ranks gave to be added up."""
 
     loss: float
     grad_norm: float
     clip_factor: float
     stop: bool
+    meets_again: bool
     sums: tuple[float, ...]
 
     @property
@@ -53,13 +54,15 @@ def decide_step(
     clip_grad_norm: float,
     device: torch.device,
     wants_stop: bool = False,
+    wants_meeting: bool = False,
     sums: Sequence[float] = (),
 ) -> StepDecision:
     """Collective over all ranks. ``layers``: all layer keys of the model in order; ``squares``: of this rank's layers, after the
     sum over replicas; ``loss``: this replica's share on its last stage, else 0. clip_grad_norm 0 does not clip.
     ``sums``: further numbers to add over all ranks, for reports; as many on every rank."""
     stop_at = len(layers) + place.dp_size
-    num_votes = stop_at + 1
+    meet_at = stop_at + 1
+    num_votes = meet_at + 1
     votes = torch.zeros(num_votes + len(sums), dtype=torch.float64)
     votes[num_votes:] = torch.tensor(sums, dtype=torch.float64)
     if place.dp == 0:
@@ -68,6 +71,7 @@ def decide_step(
     if place.is_last_stage:
         votes[len(layers) + place.dp] = loss
     votes[stop_at] = float(wants_stop)
+    votes[meet_at] = float(wants_meeting)
     on_wire = votes if dist.get_backend() == "gloo" else votes.to(device)
     with naming_the_peer("agreeing on the step with the other ranks"):
         dist.all_reduce(on_wire)
@@ -81,5 +85,6 @@ def decide_step(
         grad_norm=grad_norm,
         clip_factor=clip_factor,
         stop=entries[stop_at] > 0,
+        meets_again=entries[meet_at] > 0,
         sums=tuple(entries[num_votes:]),
     )

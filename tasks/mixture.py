@@ -21,6 +21,7 @@ from tasks.readers import Documents
 from tasks.task_list import TaskSpec
 from user_error import UserError
 
+LARGEST_COUNT = 2**63 - 1  # of anything that a state counts
 OpenDocuments = Callable[[TaskSpec, int], Documents]  # of a task and its place in the list
 
 
@@ -46,6 +47,18 @@ def counted_by_task(state: Mapping[str, Any], what: str) -> dict[str, int]:
             name = f"{task['path']} ({number})"
         counted[name] = int(task.get(what, 0))
     return counted
+
+
+def _is_state(state: Any) -> bool:
+    """True for what has the form of Mixture.state(): of what is read from a file, nothing else is known."""
+    if not isinstance(state, dict) or not isinstance(state.get("tasks"), list):
+        return False
+    numbers = [state.get("next_sequence_index"), state.get("seed")]
+    for task in state["tasks"]:
+        if not isinstance(task, dict) or not isinstance(task.get("path"), str):
+            return False
+        numbers += [task.get("num_bytes"), *(value for name, value in task.items() if name != "path")]
+    return all(isinstance(number, int) and 0 <= number <= LARGEST_COUNT for number in numbers)
 
 
 class Mixture:
@@ -155,6 +168,8 @@ class Mixture:
         """A file may have moved, but its place in the list, its size and the seed fix which document a position means."""
         rule = "A run resumes its data position only with the data it was saved with"
         cure = "Give the same --task-name list, files and --seed as that run, or start without the saved data position."
+        if not _is_state(state):
+            raise UserError(f"{rule}; the saved one is damaged: it does not say where each task stood. {cure}")
         saved = state["tasks"]
         if len(saved) != len(self._documents):
             raise UserError(

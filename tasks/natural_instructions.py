@@ -70,6 +70,8 @@ class InstructionTask:
             raise BadRecordError("a whole task in one record; tasks with their instances are one .json file per task")
         else:
             number = record["number"]
+            if not isinstance(instances, list) or type(number) is not int or not 0 <= number < len(instances):
+                raise BadRecordError('"number" must be that of one of its "Instances"')
         definition = _definition(record)
         if draw is None:
             pieces = (Piece(f"{definition}\n\n", False), *_instance(instances[number], NOTATIONS[0], None))
@@ -109,6 +111,8 @@ def _page(definition: str, instances: Sequence[Mapping[str, Any]], number: int, 
 
 
 def _instance(instance: Mapping[str, Any], notation: tuple[str, str], draw: Random | None) -> tuple[Piece, Piece]:
+    if not isinstance(instance, Mapping):
+        raise BadRecordError('each of "Instances" must be an object')
     given, outputs = instance.get("input"), _outputs(instance)
     if not isinstance(given, str):
         raise BadRecordError('an instance must have a string under "input"')
@@ -120,7 +124,8 @@ def _instance(instance: Mapping[str, Any], notation: tuple[str, str], draw: Rand
 def _is_usable(instance: Mapping[str, Any]) -> bool:
     """Whether another one's page may show it: a bad instance is told in its own turn, and spoils no page but its own."""
     try:
-        return isinstance(instance.get("input"), str) and all(output.strip() for output in _outputs(instance))
+        has_input = isinstance(instance, Mapping) and isinstance(instance.get("input"), str)
+        return has_input and all(output.strip() for output in _outputs(instance))
     except BadRecordError:
         return False
 

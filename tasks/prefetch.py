@@ -65,12 +65,12 @@ class StepReader:
             self._changed.notify_all()
         return replace(step, data_wait_s=time.perf_counter() - start)
 
-    def close(self) -> None:
-        """Stops the thread. Returns at once, or after the sequence being tokenised; after five seconds in any case."""
+    def close(self, timeout_s: float = _CLOSE_WAIT_S) -> None:
+        """Stops the thread. Returns at once, or after the sequence being tokenised; after ``timeout_s`` seconds in any case."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(_CLOSE_WAIT_S)
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:

@@ -8,6 +8,7 @@ import codecs
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -142,8 +143,8 @@ def _text(line: bytes) -> str:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise BadRecordError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+        doubled = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise BadRecordError(f"the key {excerpt(doubled.encode(errors='replace'))} stands in it twice")
     return found
 
 

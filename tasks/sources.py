@@ -8,6 +8,7 @@ read forwards as a whole.
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from glob import glob
@@ -257,7 +258,7 @@ def _row_parser(path: Path, name: str, kind: Kind, *, has_header: bool) -> Calla
         seen = "no table holds so long a row" if first is None else "it is empty"
         raise UserError(f"{rule}; {seen}. Give a file with rows, or take this one off the list.")
     columns = [column.strip() for column in columns] if has_header else [str(number) for number in range(1, len(columns) + 1)]
-    doubled = sorted({column for column in columns if columns.count(column) > 1})
+    doubled = sorted(column for column, count in Counter(columns).items() if count > 1)[:10]
     if doubled:
         raise UserError(
             f"{name}:1: the columns of a table must have different names; there are several {', '.join(map(repr, doubled))}. Correct the "

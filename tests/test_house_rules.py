@@ -39,6 +39,7 @@ COMMANDS = [
     "checkpoint/inspect.py",
     "training/memory.py",
     "training/evaluation_config.py",
+    "comms/wireguard.py",
 ]  # the same, as single files: python -m checkpoint.gather
 
 

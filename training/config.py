@@ -12,7 +12,10 @@ from pipeline_parallel.schedule import PipelineMode
 from training.flags import describe_flags, flag
 from training.job_config import GRID, PRECISION, TRAINED, ReadingConfig
 
-DATA, STEPS, VALIDATION, OPTIMIZER, SAVING, REPORT = "data", "steps", "validation", "optimizer", "checkpoints", "report"
+DATA, STEPS, VALIDATION, OPTIMIZER, SAVING, FAILURES, REPORT = (
+    *("data", "steps", "validation", "optimizer", "checkpoints"),
+    *("failures", "report"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,6 +217,31 @@ class Config(ReadingConfig):
         group=SAVING,
     )
 
+    max_restarts: int = flag(
+        0,
+        "restarts of this worker by a supervisor of its own when it, or a rank that it needs, is lost; the others wait for it, and all go on "
+        "from the newest checkpoint; 0: none",
+        group=FAILURES,
+    )
+    supervise: bool = flag(False, "the same without a limit", group=FAILURES)
+    rescue_interval: float = flag(
+        0.0,
+        "seconds between snapshots of every stage in the memory of its host, from which a restart goes on; the replicas of a stage on several "
+        "hosts make it outlive a host, one replica alone only the process; 0: none",
+        group=FAILURES,
+    )
+    allow_replica_loss: bool = flag(
+        False,
+        "go on without a replica that is lost (not the one of rank 0), its share dealt to the others, and take it back when it returns",
+        group=FAILURES,
+    )
+    max_seconds: float | None = flag(None, "stop after the step during which this time is over, saved, as on a signal", group=FAILURES)
+    min_free_memory: float = flag(
+        0.25,
+        "GiB of this host's memory; where less is free, all ranks stop after the step, saved, before the kernel kills one; 0: never",
+        group=FAILURES,
+    )
+
     logging_steps: int = flag(10, "accumulation steps between printed lines", group=REPORT)
     train_log_backend: Literal["print", "wandb"] = flag(
         "print", "print, or Weights & Biases besides (WANDB_NAME, WANDB_MODE=offline are honoured)", group=REPORT
@@ -244,6 +272,7 @@ class Config(ReadingConfig):
 PER_RANK_FLAGS = frozenset(
     {
         *("rank", "world_size", "dist_url", "net_interface", "rendezvous_timeout", "cuda_id", "num_threads", "device"),
+        *("secret_file", "max_restarts", "supervise", "min_free_memory"),
         *(
             "model_name",
             "tokenizer_name",

@@ -211,9 +211,10 @@ def drawn_so_far(state: Mapping[str, Any] | None) -> dict[str, dict[str, int]]:
     return {"tokens_per_task": counted_by_task(state, "tokens"), "passes_per_task": counted_by_task(state, "pass")}
 
 
-def start_reader(config: Config, mixture: Mixture) -> StepReader:
+def start_reader(config: Config, mixture: Mixture, *, shows_samples: bool = True) -> StepReader:
     """The background worker that tokenises ahead of the training, which owns ``mixture`` from now on."""
-    _show_samples(mixture, config.show_samples)
+    if shows_samples:
+        _show_samples(mixture, config.show_samples)
     return StepReader(mixture, sequences_per_step=sequences_per_step(config))
 
 

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.manifest import step_positions
-from comms.place import place_of
 from tasks.task_list import join_items
 from training.config import Config
 from training.evaluating import evaluate_rank
 from training.evaluation_config import EvalConfig, complete_eval
 from training.evaluation_results import EvaluationResults, write_results
 from training.flags import flag_name, parse_flags
-from training.job import meet
-from training.loop import train
 from training.parsing import complete
 from training.report import set_up_logging
 from training.resuming import newest_in_sight
+from training.rounds import Rounds
 from training.stopping import StopRequest
+from training.supervise import Supervised
 from user_error import UserError
 
 
@@ -72,11 +71,9 @@ def evaluate(path: str | Path, data: str | Path, *, metric: str = "perplexity", 
 
 def train_rank(config: Config) -> None:
     """One rank of a training, from meeting the others to parting. Raises UserError, PeerLost."""
-    assert config.rank is not None and config.data_group_size is not None, "complete() filled these in"
     set_up_logging(f"rank{config.rank}")
-    with StopRequest() as stop_request, meet(config) as job:
-        set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
-        train(job, config, stop_request)
+    with StopRequest() as stop_request:
+        Rounds(config, Supervised.from_environment()).run(stop_request)
 
 
 def make_config(settings: type[Any], flags: dict[str, Any]) -> Any:

@@ -39,7 +39,8 @@ from training.evaluation_config import EvalConfig
 from training.evaluation_results import Answers, EvaluationResults, about, check_drawable, check_writable, judged_rows
 from training.evaluator import Evaluator
 from training.forward_only import ForwardOnly
-from training.job import Job, all_say, meet
+from training.job import Job, all_say
+from training.meeting import Meetings
 from training.precision import precision_of
 from training.report import set_up_logging
 from training.resuming import newest_in_sight
@@ -67,7 +68,7 @@ def evaluate_rank(config: EvalConfig) -> EvaluationResults | None:
     set_up_logging(f"rank{config.rank}")
     started = time.perf_counter()
     job_config, adapter = _subject(config)
-    with meet(job_config) as job, ExitStack() as cleanup:
+    with Meetings(job_config, goes_on=False).meet() as job, ExitStack() as cleanup:
         set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
         job.spans.enter_phase("preparing the evaluation")
         desk = _open_desk(job, config) if job.place.rank == 0 else None

@@ -4,9 +4,10 @@ Rank 0 alone reads data, so files are needed on one host and the order of sequen
 computes, those of step n + 1 travel (24 KB per 2048 tokens), to every stage: the first needs ids, the last targets, all of them
 where documents begin.
 
-Sequence i of an optimizer step belongs to accumulation step i // (R*N), replica (i // N) % R, place i % N in that replica's batch.
+An optimizer step is A*R shares of N sequences, dealt to the replicas in turn: sequence i is in share i // N, which belongs to replica
+(i // N) % R. Where the job goes on with fewer replicas than R, the same shares are dealt to those, some of which then get one more.
 
-Legend: A accumulation steps, R replicas, N sequences of a replica's batch, T tokens.
+Legend: A accumulation steps, R replicas the job was started with, N sequences of a replica's batch, T tokens, S shares of one replica.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ class StepFeed:
     """One replica's share of an optimizer step. num_targets counts the whole global batch; the rest is rank 0's: the state of the data
     behind this step, the sha256 of its tokens in their order over the whole global batch, seconds waited."""
 
-    tokens: Tensor  # (A, N, 3, T) int32 on the CPU: ids, positions, targets (see tasks/packing.py)
+    tokens: Tensor  # (S, N, 3, T) int32 on the CPU: ids, positions, targets (see tasks/packing.py)
     num_targets: int
     state: dict[str, Any] | None
     sha256: str | None
@@ -53,12 +54,11 @@ class TokenFeed:
         num_steps: int,
         device: torch.device,
     ) -> None:
-        """shape: (A, N, T). num_steps: optimizer steps still to come. reader: on rank 0."""
+        """shape: (A*R, N, T). num_steps: optimizer steps still to come. reader: on rank 0."""
         assert (reader is not None) == (place.rank == 0), "rank 0, and only it, reads"
         self._place, self._group, self._reader, self._shape = place, group, reader, shape
         self._steps_left = num_steps
         self._wire_device = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
-        self._num_ints = HEADER_INTS + shape[0] * shape[1] * NUM_PLANES * shape[2]
         self._coming: Callable[[], StepFeed] | None = None
         self.error: UserError | None = None  # on rank 0: why the data ended
 
@@ -82,7 +82,7 @@ class TokenFeed:
 
     def _send(self) -> Callable[[], StepFeed]:
         assert self._reader is not None, "only rank 0 sends"
-        a, n, t = self._shape
+        num_shares, n, t = self._shape
         try:
             step = self._reader.next()
             tokens, num_targets, state, wait = step.tokens, step.num_targets, step.state, step.data_wait_s
@@ -93,18 +93,19 @@ class TokenFeed:
                 )
         except UserError as error:
             self.error = error
-            tokens, num_targets, state, wait = np.zeros((a * self._place.dp_size * n, NUM_PLANES, t), np.int32), 0, None, 0.0
-        by_replica = torch.from_numpy(tokens).view(a, self._place.dp_size, n, NUM_PLANES, t)
+            tokens, num_targets, state, wait = np.zeros((num_shares * n, NUM_PLANES, t), np.int32), 0, None, 0.0
+        shares = torch.from_numpy(tokens).view(num_shares, n, NUM_PLANES, t)
         sends = []
         for rank in range(1, self._place.world_size):
-            message = torch.empty(self._num_ints, dtype=torch.int32)
-            message[0] = num_targets
-            message[HEADER_INTS:] = by_replica[:, self._place.at(rank).dp].reshape(-1)
+            dealt = shares[self._place.at(rank).dp :: self._place.dp_size].reshape(-1)
+            message = torch.cat([torch.tensor([num_targets], dtype=torch.int32), dealt])
             message = message.to(self._wire_device)
             with naming_the_peer(f"sending tokens to rank {rank}"):
                 sends.append((dist.isend(message, dst=rank, group=self._group), message))
         sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
-        own = StepFeed(tokens=by_replica[:, 0].contiguous(), num_targets=num_targets, state=state, sha256=sha256, data_wait_s=wait)
+        own = StepFeed(
+            tokens=shares[:: self._place.dp_size].contiguous(), num_targets=num_targets, state=state, sha256=sha256, data_wait_s=wait
+        )
 
         def wait_until_sent() -> StepFeed:
             with naming_the_peer("sending tokens to the other ranks"):
@@ -116,17 +117,18 @@ class TokenFeed:
         return wait_until_sent
 
     def _receive(self) -> Callable[[], StepFeed]:
-        message = torch.empty(self._num_ints, dtype=torch.int32, device=self._wire_device)
+        num_shares, n, t = self._shape
+        num_own = len(range(self._place.dp, num_shares, self._place.dp_size))
+        message = torch.empty(HEADER_INTS + num_own * n * NUM_PLANES * t, dtype=torch.int32, device=self._wire_device)
         with naming_the_peer("asking rank 0 for tokens"):
             work = dist.irecv(message, src=0, group=self._group)
-        a, n, t = self._shape
 
         def wait_until_here() -> StepFeed:
             assert work is not None, "all ranks are members of the token group"
             with naming_the_peer("waiting for tokens from rank 0"):
                 work.wait()
             here = message.cpu()
-            tokens = here[HEADER_INTS:].view(a, n, NUM_PLANES, t)
+            tokens = here[HEADER_INTS:].view(num_own, n, NUM_PLANES, t)
             return StepFeed(tokens=tokens, num_targets=int(here[0]), state=None, sha256=None, data_wait_s=0.0)
 
         return wait_until_here

@@ -8,8 +8,10 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import os
 import types
 import typing
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
@@ -20,6 +22,21 @@ from tasks.task_list import join_items
 from user_error import UserError
 
 Settings = TypeVar("Settings")
+
+
+# Of yaml's constructors, for what has the form of a date or the tag of a number and is none; and for nesting without end.
+_UNEXPLAINED_YAML_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+
+
+class _OncePerKeyLoader(yaml.SafeLoader):
+    """YAML as safe_load reads it, where no key may stand twice: the first of two would be forgotten without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        doubled = next((key for key, count in Counter(keys).items() if count > 1), None)
+        if doubled is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{doubled!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def flag(default: Any, help_text: str, *, group: str) -> Any:
@@ -112,11 +129,11 @@ def _argv_of_config_file(argv: Sequence[str], settings: type) -> list[str]:
     if path is None:
         return []
     try:
-        entries = yaml.safe_load(path.read_text())
+        entries = yaml.load(path.read_text(encoding="utf-8"), _OncePerKeyLoader)
     except OSError as error:
         raise UserError(f"--config must name a readable file; {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config must be a YAML file of flags by name; {path} is not: {error}") from error
+    except (yaml.YAMLError, *_UNEXPLAINED_YAML_ERRORS) as error:
+        raise UserError(f"--config must be a YAML file of flags by name; {path} is not: {str(error) or type(error).__name__}") from error
     if entries is None:
         return []
     if not isinstance(entries, dict):
@@ -125,26 +142,40 @@ def _argv_of_config_file(argv: Sequence[str], settings: type) -> list[str]:
     hints = typing.get_type_hints(settings)
     argv = []
     for key, value in entries.items():
-        name = str(key).lstrip("-").replace("-", "_")
+        name = str(key).lstrip("-").replace("-", "_") if isinstance(key, str) else ""
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
+            shown = ascii(key)[:80] if isinstance(key, str) else f"a {type(key).__name__}"
             raise UserError(
-                f"{path}: {key!r} is not a flag" + (f"; did you mean {near[0].replace('_', '-')!r}?" if near else "; see --help")
+                f"{path}: {shown} is not a flag" + (f"; did you mean {near[0].replace('_', '-')!r}?" if near else "; see --help")
             )
         if isinstance(value, list) and _argparse_type(hints[name]).get("type") is str:
             value = _joined(value, f"{path}: {key!r}")
         if isinstance(value, (list, dict)):
             raise UserError(f"{path}: {key!r} must be one value as on the command line, not a {type(value).__name__}")
+        text = str(value)
+        if "\0" in text or not _is_encodable(text):
+            raise UserError(f"{path}: {key!r} must be text that a command line can hold; it is {ascii(text)[:80]}")
         if value is not None:
-            argv.append(f"{flag_name(name)}={value}")
+            argv.append(f"{flag_name(name)}={text}")
     return argv
+
+
+def _is_encodable(text: str) -> bool:
+    """True for what has bytes as a word of a command line: YAML can also spell halves of UTF-16 pairs."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _joined(items: list[Any], where: str) -> str:
     """A list in the file as the comma list that it is on the command line. Raises UserError."""
     odd = [item for item in items if isinstance(item, bool) or not isinstance(item, (str, int, float))]
     if odd or not items:
-        seen = f"one of them is {odd[0]!r} (quote what holds a colon and a space)" if odd else "it is empty"
+        kind = f"{odd[0]!r}" if odd and not isinstance(odd[0], (list, dict, set)) else f"a {type(odd[0]).__name__}" if odd else ""
+        seen = f"one of them is {kind} (quote what holds a colon and a space)" if odd else "it is empty"
         raise UserError(f"{where} must be a value, or a list of values as between the commas of the command line; {seen}")
     try:
         return join_items(items)

@@ -104,12 +104,20 @@ class GlobalGradient:
         return max(LEAST_DEPTH, 1 + warmup_forwards(first_stage, self._place.pp_size, self._schedule.extra_warmup))
 
     def compute(
-        self, tokens: Tensor, num_targets: int, *, step: int = 0, loss_scale: float = 1.0, wants_stop: bool = False
+        self,
+        tokens: Tensor,
+        num_targets: int,
+        *,
+        step: int = 0,
+        loss_scale: float = 1.0,
+        wants_stop: bool = False,
+        wants_meeting: bool = False,
     ) -> StepDecision:
         """Collective over all ranks. tokens: this replica's share, (A, N, 3, T) int32, for A accumulation steps of N sequences
         ([:, :, 0] ids, [:, :, 1] positions, [:, :, 2] targets or IGNORED_TARGET); num_targets: of the whole global batch; step: optimizer
         step, which decides what dropout draws; loss_scale: see optim/loss_scale.py, no longer in the
-        gradients when this returns, unless the step is to be skipped; wants_stop: this rank votes to end the run.
+        gradients when this returns, unless the step is to be skipped; wants_stop, wants_meeting: this rank votes to end the run, or to
+        part behind this step and meet again.
         Gradients are added to what ``.grad`` holds (see forget()). Raises PeerLost."""
         actions = order(
             self._schedule.mode,
@@ -135,14 +143,20 @@ class GlobalGradient:
                 clip_grad_norm=self._clip_grad_norm,
                 device=self._device,
                 wants_stop=wants_stop,
+                wants_meeting=wants_meeting,
                 sums=self._wire_sums(),
             )
+        self.scale_as_decided(decision, loss_scale)
+        return decision
+
+    def scale_as_decided(self, decision: StepDecision, loss_scale: float) -> None:
+        """Clip, and take the loss scale out. Called by compute(), and where compute() has lost its peers before it heard their decision,
+        with the one that another rank has heard: the gradient was whole by then (standing.py)."""
         factor = decision.clip_factor / loss_scale
         if factor != 1.0 and not decision.skip:
             for _, flats in self._buckets.flat_gradients():
                 for flat in flats:
                     flat.mul_(factor)
-        return decision
 
     def evaluate(self, tokens: Tensor) -> Tensor:
         """Collective over the ranks of a pipeline. tokens: (n, 3, T) int32 of this replica, as in compute(), n a multiple of the
@@ -167,7 +181,8 @@ class GlobalGradient:
         return tuple(sums)
 
     def close(self) -> None:
-        """Nothing more will be computed."""
+        """Nothing more will be computed; another one may be made of the same stage."""
+        self._buckets.close()
         for link in (self._to_previous, self._to_next):
             if link is not None:
                 link.close()

@@ -50,6 +50,21 @@ class JobConfig:
         None, "transport of ALL links, between stages too; left out: nccl on CUDA, gloo on CPU", group=MEETING
     )
     rendezvous_timeout: float = flag(300.0, "seconds within which all ranks must have come, else the missing ones are named", group=MEETING)
+    peer_timeout: str = flag(
+        "auto",
+        "seconds without a sign of life, or without any progress inside a step, after which a rank is taken for lost; auto: 15 without a "
+        "sign, and ten of the longest steps so far (a minute at least) without progress",
+        group=MEETING,
+    )
+    secret_file: str | None = flag(
+        None,
+        "file of the secret that the ranks of this job share, readable by you alone; left out: DIST_SECRET of the environment, else, over "
+        "loopback, one of your own that is made once (docs/security.md)",
+        group=MEETING,
+    )
+    allow_public_interface: bool = flag(
+        False, "meet over an interface with an address of the public internet: what is sent can be read there", group=MEETING
+    )
 
     pipeline_group_size: int = flag(1, "stages of the pipeline", group=GRID)
     data_group_size: int | None = flag(None, "replicas of the pipeline; left out: world size / stages", group=GRID)
@@ -77,6 +92,11 @@ class JobConfig:
     @property
     def num_stages(self) -> int:
         return self.pipeline_group_size
+
+    @property
+    def peer_timeout_s(self) -> float | None:
+        """--peer-timeout in seconds; None for auto."""
+        return None if self.peer_timeout == "auto" else float(self.peer_timeout)
 
     @property
     def door(self) -> Door:

@@ -10,7 +10,7 @@ import torch
 
 from checkpoint.model_folder import ModelFolder, check_model_folder, resolve_model_folder
 from comms.codecs import check_width
-from comms.interfaces import Interface, choose_interface, select_for_transport
+from comms.interfaces import Interface, check_not_public, choose_interface, select_for_transport
 from comms.place import Place, place_of
 from modules.families import read_model_config
 from modules.model_config import ModelConfig
@@ -40,6 +40,7 @@ def look_around(config: Config) -> LocalFacts:
         raise UserError("--train-log-backend wandb needs the package wandb; install it with: pip install wandb")
     place = place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)
     interface = choose_interface(config.net_interface, config.door.host)
+    check_not_public(interface, allowed=config.allow_public_interface)
     select_for_transport(interface)
     device, backend = _device_and_backend(config)
     open_folder = ModelFolder.open if config.load_pretrained_model else ModelFolder.open_config

@@ -9,7 +9,8 @@ import dataclasses
 import logging
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,21 @@ from training.assembly import WeightTaker, assemble_stage, import_packages, make
 from training.collecting import load_stage_state
 from training.config import Config
 from training.data import drawn_so_far, sequences_per_step, start_reader
-from training.epochs import with_total_steps
 from training.feed import StepFeed, TokenFeed
+from training.folders import Folders
 from training.gradient import GlobalGradient, wire_report
-from training.job import Job
+from training.job import Job, MeetAgain, all_say
 from training.opening import describe_run
 from training.peak_memory import PeakMemory
-from training.plan import PipelinePlan, agree_on_plan
+from training.plan import PipelinePlan
 from training.precision import precision_of
 from training.replicas import check_replicas_alike
 from training.report import Report
 from training.saving import Best, SaveOptions, Saver
-from training.start import ReadingDesk, Start, agree, claim_folder
+from training.standing import CommonGround, Standing
+from training.start import ReadingDesk, Start
 from training.stopping import StopRequest
-from training.tracing import TidyProfiler, check_trace_path
+from training.tracing import TidyProfiler
 from training.validation import start_validation
 from training.verifying import check_probe, make_probe
 from user_error import UserError
@@ -46,70 +48,88 @@ from user_error import UserError
 log = logging.getLogger("trainer")
 
 MEMORY_AFTER_UPDATES = 10  # by then a stage has needed all that it will
+READER_ENDS_S = 60.0
 
 
-def train(job: Job, config: Config, stop_request: StopRequest) -> None:
-    """Run the job to its last step, or to where ``stop_request`` of any rank ends it. Called by all ranks. Raises UserError, PeerLost."""
-    with ExitStack() as cleanup:
-        job.spans.enter_phase("preparing data and checkpoints")
-        if config.profiling == "tidy_profiling" and job.place.rank == 0:
-            check_trace_path(config.trace_file)
-        config = with_total_steps(job, config)
-        assert config.checkpoint_path is not None, "parse_config requires it"
-        start, desk = agree(job, config, cleanup)
-        if start.is_finished:
-            if job.place.rank == 0:
-                log.info("nothing to do: %s is at step %d and --total-steps is %d", config.checkpoint_path, start.step, config.total_steps)
-            return
-        job.spans.enter_phase("measuring layers and links")
-        plan = agree_on_plan(job, config)
-        job = dataclasses.replace(job, cut=plan.cut)
-        claim_folder(job, Path(config.checkpoint_path), start, desk)
-        job.spans.enter_phase("loading weights")
-        trainer = Trainer(job, config, start, desk, plan)
-        cleanup.callback(trainer.close)
-        trainer.run(stop_request)
+@dataclass(frozen=True, kw_only=True)
+class _OpenStep:
+    """The optimizer step that is being played. started: time.perf_counter()."""
+
+    feed: StepFeed
+    started: float
+    learning_rate: float
+    loss_scale: float
 
 
 class Trainer:
-    """One rank's share of the training, built from a formed job and an agreed start."""
+    """One rank's share of the training, built from a formed job and an agreed start. It outlives the meeting it was built in: weights and
+    optimizer stay, what talks to other ranks is made anew (go_on).
+
+    replica_is_back: asked before every step, on rank 0; on_step: told of every optimizer step that is done."""
+
+    replica_is_back: Callable[[], bool] = staticmethod(lambda: False)
+    on_step: Callable[[int], None] = staticmethod(lambda optimizer_step: None)
 
     def __init__(self, job: Job, config: Config, start: Start, desk: ReadingDesk | None, plan: PipelinePlan) -> None:
+        """Collective over all ranks."""
         assert config.checkpoint_path is not None and config.total_steps is not None, "parse_config requires them"
-        self._job, self._config, self._desk, self._plan = job, config, desk, plan
+        self._config, self._desk, self._plan = config, desk, plan
         self._root = Path(config.checkpoint_path)
         self._step, self._optimizer_step, self._num_skipped = start.step, start.optimizer_step, start.num_skipped
         self._position = start.position
         self._skipped_in_a_row = self._num_updates_here = 0
         self._accumulate = config.gradient_accumulate_step
         self._num_updates = config.total_steps // self._accumulate
-        first, last = job.cut[job.place.pp]
         precision = precision_of(config, job.device)
         import_packages(config)  # or their memory would count as the stage's
         self._peak_memory = PeakMemory(job.device)
         self._peak_memory.start()
-        self._stage = assemble_stage(config, job.model_config, (first, last), job.device, precision)
+        self._stage = assemble_stage(config, job.model_config, job.cut[job.place.pp], job.device, precision)
         self._optimizer = make_optimizer(config, self._stage, precision)
         self._loss_scale = LossScale(precision.loss_scale)
-        self._load(start)
+        self._load(job, start)
         check_replicas_alike(job, self._stage)
+        self._learning_rate = _learning_rate(config, self._num_updates)
+        saved_best = start.point.trainer.get("best") if start.point is not None else None
+        self._best = Best(**saved_best) if config.keep_best and saved_best and "data" in saved_best else None
+        self._save_stall_s = 0.0  # of the saves since the last row
+        self._probe = start.probe
+        self._data_position = desk.position if desk is not None else None  # on rank 0: behind the last step that was consumed
+        self._data_before: dict[str, Any] | None = None  # and before it
+        self._last_feed: StepFeed | None = None
+        self._saved_step = start.step if start.point is not None else None
+        self._owes_save = False  # one was cut off
+        self._is_described = False
+        self._standing = Standing(optimizer_step=self._optimizer_step, decision=None, settled=self._optimizer_step)
+        self._open_step: _OpenStep | None = None
+        self._profiler: TidyProfiler | None = None
+        self._connect(job, start.folders)
+        if config.profiling == "tidy_profiling":
+            self._profiler = self._make_profiler()
+        self._report = Report(
+            place=job.place, folder=self._root, first_step=start.step, total_steps=config.total_steps, logging_steps=config.logging_steps
+        )
+
+    def _connect(self, job: Job, folders: Folders) -> None:
+        """Collective over all ranks: all that talks to other ranks, made for this meeting, from what does not."""
+        config, desk = self._config, self._desk
+        self._job, self._folders = job, folders
         self._gradient = GlobalGradient(
             place=job.place,
             groups=job.groups,
             stage=self._stage,
             spans=job.spans,
             peer_names=job.peer_names,
-            schedule=plan.schedule,
+            schedule=self._plan.schedule,
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
             seq_length=config.seq_length,
             clip_grad_norm=config.clip_grad_norm,
             dropout_seed=config.seed if config.dropout or (config.train == "lora" and config.lora_dropout) else None,
         )
-        self._learning_rate = _learning_rate(config, self._num_updates)
         self._saver = Saver(
             job,
-            start.folders,
+            folders,
             self._root,
             self._stage,
             self._optimizer,
@@ -117,43 +137,62 @@ class Trainer:
             weights=step_weights(config, job.model, job.model_config),
             companions=None if desk is None else step_companions(config, job.model, job.model_config, desk.encoder.folder),
         )
-        self._validation = start_validation(
-            job, config, self._gradient, self._stage, desk.validation if desk is not None else None, self._root
-        )
-        saved_best = start.point.trainer.get("best") if start.point is not None else None
-        self._best = Best(**saved_best) if config.keep_best and saved_best and "data" in saved_best else None
-        self._save_stall_s = 0.0  # of the saves since the last row
-        self._reader = start_reader(config, desk.mixture) if desk is not None else None
+        with job.connections.recorded():
+            self._validation = start_validation(
+                job, config, self._gradient, self._stage, desk.validation if desk is not None else None, self._root
+            )
+        self._reader = start_reader(config, desk.mixture, shows_samples=job.number == 0) if desk is not None else None
         self._feed = TokenFeed(
             place=job.place,
             group=job.groups.tokens,
             reader=self._reader,
-            shape=(self._accumulate, config.batch_size, config.seq_length),
-            num_steps=self._num_updates - self._optimizer_step + (start.probe is not None),
+            shape=(self._accumulate * job.num_replicas, config.batch_size, config.seq_length),
+            num_steps=self._num_updates - self._optimizer_step + (self._probe is not None),
             device=job.device,
         )
-        self._probe = start.probe
-        self._profiler: TidyProfiler | None = None
-        if config.profiling == "tidy_profiling":
-            self._profiler = self._make_profiler()
-        self._data_position = desk.position if desk is not None else None  # on rank 0: behind the last step that was consumed
-        self._data_before: dict[str, Any] | None = None  # and before it
-        self._last_feed: StepFeed | None = None
-        self._saved_step = start.step if start.point is not None else None
-        self._report = Report(
-            place=job.place, folder=self._root, first_step=start.step, total_steps=config.total_steps, logging_steps=config.logging_steps
-        )
+
+    @property
+    def standing(self) -> Standing:
+        """Where this rank stands, for the meeting after this one."""
+        return self._standing
+
+    def go_on(self, job: Job, ground: CommonGround, folders: Folders) -> None:
+        """Collective over all ranks, in a new meeting: make up for the step that this rank alone may have missed, and connect anew. Weights and
+        optimizer are what they were."""
+        job = dataclasses.replace(job, cut=self._plan.cut)
+        was_saving = self._saver.give_up()
+        self._job = job
+        if self._optimizer_step < ground.optimizer_step:
+            assert ground.decision is not None and self._open_step is not None, "the others have decided the step that is open here"
+            self._gradient.scale_as_decided(ground.decision, self._open_step.loss_scale)
+            self._complete(ground.decision)
+        self._disconnect()
+        self._open_step = None
+        if self._desk is not None:
+            self._desk.mixture.go_to(self._data_position)
+        self._probe = None
+        if self._profiler is not None:
+            log.warning("the profile is given up: it cannot go on over a meeting")
+            self._profiler = None
+        self._standing = dataclasses.replace(self._standing, settled=ground.settled)
+        if any(all_say(job, job.store, "saves cut off", was_saving)):
+            self._owes_save, self._saved_step = True, None
+        self._connect(job, folders)
 
     def run(self, stop_request: StopRequest) -> None:
         """Train to the end, save and report on the way."""
-        if self._job.place.rank == 0:
-            log.info("%s", describe_run(self._config, self._job, self._step, self._plan))
-        if self._config.train_log_backend == "wandb":
-            self._report.start_wandb(self._config.project_name, self._root, dataclasses.asdict(self._config))
+        if not self._is_described:
+            self._is_described = True
+            if self._job.place.rank == 0:
+                log.info("%s", describe_run(self._config, self._job, self._step, self._plan))
+            if self._config.train_log_backend == "wandb":
+                self._report.start_wandb(self._config.project_name, self._root, dataclasses.asdict(self._config))
         self._feed.start()
         if self._probe is not None:
             self._verify_resume(self._probe)
         stop_request.listen()
+        if self._standing.settled != self._optimizer_step:
+            self._settle(self._step - self._accumulate)
         while self._optimizer_step < self._num_updates:
             if self._profiler is not None:
                 self._profiler.before_step()
@@ -165,6 +204,7 @@ class Trainer:
                 self._stop_for_data()
             elif self._one_step(feed, started, stop_request).stop:
                 break
+        self._job.spans.enter_phase("ending")
         if self._profiler is not None:
             self._profiler.finish()
         if self._saved_step != self._step:
@@ -177,12 +217,15 @@ class Trainer:
 
     def close(self) -> None:
         """Stop the reader and the links, end the progress line."""
+        self._disconnect()
+        self._report.close()
+
+    def _disconnect(self) -> None:
         self._gradient.close()
         if self._validation is not None:
             self._validation.close()
         if self._reader is not None:
-            self._reader.close()
-        self._report.close()
+            self._reader.close(READER_ENDS_S)
 
     def _make_profiler(self) -> TidyProfiler:
         job, config = self._job, self._config
@@ -203,41 +246,71 @@ class Trainer:
             },
         )
 
-    def _load(self, start: Start) -> None:
+    def _load(self, job: Job, start: Start) -> None:
         taker = WeightTaker(self._stage, self._optimizer)
         is_whole_in_checkpoint = start.point is not None and self._config.train == "all"
         if not is_whole_in_checkpoint and self._config.load_pretrained_model:
-            load_weights(self._job.model, taker.shapes, taker.take)
+            load_weights(job.model, taker.shapes, taker.take)
         elif not is_whole_in_checkpoint:
             for name, shape in taker.shapes.items():
                 values = torch.empty(shape, dtype=torch.float32)
-                draw_parameter(values, name, self._job.model_config, self._config.seed)
+                draw_parameter(values, name, job.model_config, self._config.seed)
                 taker.take(name, values)
         if start.point is not None:
-            load_stage_state(self._job, start.point, self._stage, self._optimizer, self._root)
+            load_stage_state(job, start.point, self._stage, self._optimizer, self._root)
             self._loss_scale.load(start.point.trainer["loss_scale"])
-            if self._config.fp16 and self._job.place.rank == 0:
+            if self._config.fp16 and job.place.rank == 0:
                 log.info("the loss scale goes on at %g", self._loss_scale.value)
 
     def _one_step(self, feed: StepFeed, started: float, stop_request: StopRequest) -> StepDecision:
-        before, loss_scale = self._step, self._loss_scale.value
-        learning_rate = self._learning_rate.at(self._optimizer_step + 1)
-        decision = self._update(feed, learning_rate, wants_stop=stop_request.name is not None)
+        before = self._step
+        self._open_step = step = _OpenStep(
+            feed=feed,
+            started=started,
+            learning_rate=self._learning_rate.at(self._optimizer_step + 1),
+            loss_scale=self._loss_scale.value,
+        )
+        decision = self._gradient.compute(
+            feed.tokens,
+            feed.num_targets,
+            step=self._optimizer_step + 1,
+            loss_scale=step.loss_scale,
+            wants_stop=stop_request.name is not None,
+            wants_meeting=self.replica_is_back(),
+        )
+        self._complete(decision)
+        self._settle(before)
+        if decision.meets_again:
+            self._part_for_a_replica()
+        return decision
+
+    def _complete(self, decision: StepDecision) -> None:
+        """The update (or none) that was decided for the open step, and all that is counted and said of it."""
+        step = self._open_step
+        assert step is not None, "_one_step opened it"
+        feed = step.feed
+        with self._job.spans.span("update"):
+            if not decision.skip:
+                self._optimizer.step(step.learning_rate)
+            self._gradient.forget()
+        self._loss_scale.update(overflowed=decision.skip)
         self._optimizer_step += 1
+        self._standing = dataclasses.replace(self._standing, optimizer_step=self._optimizer_step, decision=decision)
+        self._open_step = None
         self._step += self._accumulate
         self._position += sequences_per_step(self._config)
         self._num_skipped += decision.skip
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if decision.skip else 0
         self._data_before, self._data_position = self._data_position, feed.state
         self._last_feed = feed
-        num_tokens = feed.tokens[:, :, 0].numel() * self._job.place.dp_size
-        wire, seconds = wire_report(decision), time.perf_counter() - started
+        num_tokens = sequences_per_step(self._config) * self._config.seq_length
+        wire, seconds = wire_report(decision), time.perf_counter() - step.started
         self._report.row(
             {
                 "step": self._step,
                 "optimizer_step": self._optimizer_step,
                 "loss": decision.loss if math.isfinite(decision.loss) else None,
-                "lr": learning_rate,
+                "lr": step.learning_rate,
                 "grad_norm": decision.grad_norm if math.isfinite(decision.grad_norm) else None,
                 "tokens": num_tokens,
                 "target_tokens": feed.num_targets,
@@ -249,22 +322,26 @@ class Trainer:
                 "wire_bytes": wire.num_bytes,
                 "wire_error": wire.activation_error,
                 "wire_error_grad": wire.gradient_error,
-                "loss_scale": loss_scale,
+                "loss_scale": step.loss_scale,
                 "skipped": decision.skip,
             }
         )
+        self._save_stall_s = 0.0
         self._num_updates_here += 1
         if self._num_updates_here == MEMORY_AFTER_UPDATES and self._job.place.dp == 0:
             self._say_memory()
         if decision.skip and self._job.place.rank == 0:
-            self._say_skipped(decision, loss_scale)
-        self._save_stall_s = 0.0
+            self._say_skipped(decision, step.loss_scale)
+        self.on_step(self._optimizer_step)
+
+    def _settle(self, before: int) -> None:
+        """All that comes behind a step, the one after step ``before``: evaluation, checkpoint, the end of a run that skips."""
         every = self._config.checkpoint_steps
-        if every and not decision.skip:
+        if every and not self._skipped_in_a_row:
             self._saver.prepare()
         is_last = self._optimizer_step >= self._num_updates
         is_best = self._evaluate() if self._validation and self._validation.is_due(before, self._step, is_last=is_last) else False
-        if is_best or (every and self._step // every > before // every):
+        if is_best or self._owes_save or (every and self._step // every > before // every):
             self._save(is_last=is_last)
         if self._skipped_in_a_row >= self._config.max_skipped_steps:
             self._saver.wait()
@@ -274,7 +351,16 @@ class Trainer:
                 f"to step {self._step}; none of them changed the weights. {self._advice()}Lower --lr, lengthen the warm-up, or look at the "
                 "data, and start again from the newest checkpoint"
             )
-        return decision
+        self._standing = dataclasses.replace(self._standing, settled=self._optimizer_step)
+
+    def _part_for_a_replica(self) -> None:
+        """Behind a step that all have done: what the returning ranks will begin with, and the others with them."""
+        if self._saved_step != self._step:
+            self._save()
+        with self._job.spans.span("waiting for the checkpoint to be written"):
+            self._saver.finish()
+        self._job.wait_for_all()
+        raise MeetAgain(f"a replica is back and is taken in behind step {self._step}")
 
     def _evaluate(self) -> bool:
         """Whether this step is the best so far, for --keep-best."""
@@ -315,18 +401,6 @@ class Trainer:
         lower = "raise --max-skipped-steps, or start again with a smaller --initial-loss-scale"
         return f"The loss scale has fallen to {self._loss_scale.value:g} and would fall on: {lower}. "
 
-    def _update(self, feed: StepFeed, learning_rate: float, *, wants_stop: bool) -> StepDecision:
-        """Gradients of the whole global batch, then the one decision, then the update (or none)."""
-        decision = self._gradient.compute(
-            feed.tokens, feed.num_targets, step=self._optimizer_step + 1, loss_scale=self._loss_scale.value, wants_stop=wants_stop
-        )
-        with self._job.spans.span("update"):
-            if not decision.skip:
-                self._optimizer.step(learning_rate)
-            self._gradient.forget()
-        self._loss_scale.update(overflowed=decision.skip)
-        return decision
-
     def _save(self, *, is_last: bool = False) -> None:
         probe = self._compute_probe(self._last_feed) if self._config.verify_resume else None
         with self._job.spans.span("saving a checkpoint"):
@@ -348,7 +422,7 @@ class Trainer:
                 }
             stall_s = self._saver.save(self._step, self._position, trainer, is_last=is_last, best=self._best)
         self._save_stall_s += stall_s
-        self._saved_step = self._step
+        self._saved_step, self._owes_save = self._step, False
 
     def _compute_probe(self, feed: StepFeed | None) -> dict[str, Any] | None:
         """For --verify-resume: loss and gradient norm of the batch with the weights as they are; nothing is updated."""
@@ -380,7 +454,7 @@ class Trainer:
         self._saver.finish()
         reason = self._feed.error
         if reason is None:
-            self._job.lifeline.cause_of_loss(60.0)  # rank 0 says why, and that ends this process
+            self._job.lifeline.trouble(60.0)  # rank 0 says why, and that ends this process
             reason = UserError("rank 0 ended the data; see its output")
         kept = f". Everything up to step {self._step} is saved" if self._step > 0 else ""
         raise UserError(f"{str(reason).rstrip('.')}{kept}")

@@ -65,7 +65,10 @@ def parse_meeting_point(argv: Sequence[str], environment: Mapping[str, str] = os
 
     For a rank that cannot start and would like to tell those who wait for it.
     """
-    names = ("config", "rank", "world_size", "dist_url", "pipeline_group_size", "data_group_size", "rendezvous_timeout")
+    names = (
+        *("config", "rank", "world_size", "dist_url", "pipeline_group_size", "data_group_size", "rendezvous_timeout"),
+        *("secret_file", "net_interface"),
+    )
     try:
         config = fill_in(Config(**parse_known_flags(Config, argv, names)), environment)
         _ = config.door

@@ -9,9 +9,11 @@ makes a step unusable is said with file and reason, and the next older one is lo
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch.distributed as dist
@@ -36,6 +38,11 @@ from training.job import COLLECTIVE_TIMEOUT, Job, all_say
 from user_error import UserError
 
 log = logging.getLogger("trainer")
+
+_COUNTS = ("step", "position", "optimizer_step", "num_skipped", "sequences_per_step", "num_threads")  # of trainer.json
+_LARGEST_COUNT = 2**63
+_PROBE: dict[str, Any] = {"tokens_sha256": (str, NoneType), "data_before": (dict, NoneType), "bits_depend_on": dict}
+_BEST: dict[str, Any] = {"step": int, "metric": str, "value": (int, float), "loss": (int, float), "data": str}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,9 @@ class ResumePoint:
 
     def provider(self, name: str, rank: int) -> int:
         """Who gives the file ``name`` to ``rank``: itself if it sees it, else the lowest rank that does."""
+        if name not in self.records:
+            cure = "Resume from another step"
+            raise UserError(f"{self.folder} lacks a part of this model: its manifest lists no {name}. {cure}")
         return rank if name in self.sees[rank] else min(other for other, names in enumerate(self.sees) if name in names)
 
 
@@ -198,11 +208,13 @@ def _wrong_hashes(job: Job, folder: Path, records: Mapping[str, FileRecord], sig
 
 def _from_lowest(job: Job, store: dist.Store, folder: Path, sees: list[set[str]], name: str) -> dict[str, Any]:
     """A small JSON file of the step, read by the lowest rank that sees it, for all: {"content": ...} or {"problem": ...}."""
+    if all(name not in names for names in sees):
+        return {"problem": f"its manifest does not list {name}"}
     owner = min(rank for rank, names in enumerate(sees) if name in names)
     key = f"content/{folder.name}/{name}"
     if job.place.rank == owner:
         try:
-            said: dict[str, Any] = {"content": read_trainer_state(folder) if name == TRAINER_FILE else read_json_object(folder / name)}
+            said: dict[str, Any] = {"content": _read_trainer(folder) if name == TRAINER_FILE else _read_config(folder)}
         except UserError as error:
             said = {"problem": str(error)}
         store.set(key, json.dumps(said))
@@ -210,6 +222,59 @@ def _from_lowest(job: Job, store: dist.Store, folder: Path, sees: list[set[str]]
     content = json.loads(store.get(key))
     assert isinstance(content, dict), "written above"
     return content
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json_object(folder / CONFIG)
+    try:
+        read_model_config(config)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG} cannot be used: {error}") from error
+    return config
+
+
+def _read_trainer(folder: Path) -> dict[str, Any]:
+    """trainer.json, and proof that whatever looks into it finds what it expects. Raises UserError naming the entries that are wrong."""
+    trainer = read_trainer_state(folder)
+    wrong = [name for name in _COUNTS if not (type(trainer.get(name)) is int and 0 <= trainer[name] < _LARGEST_COUNT)]
+    wrong += [name for name in ("data", "data_identity", "flags") if not isinstance(trainer.get(name), dict)]
+    wrong += [name for name in ("probe", "best") if not isinstance(trainer.get(name, {}), (dict, NoneType))]
+    if "flags" not in wrong:
+        wrong += [f"flags.{name}" for name, value in trainer["flags"].items() if not _is_flag(name, value)]
+    if isinstance(trainer.get("probe"), dict) and "probe" not in wrong:
+        wrong += [f"probe.{name}" for name, kind in _PROBE.items() if not isinstance(trainer["probe"].get(name), kind)]
+        wrong += [f"probe.{name}" for name in ("loss", "grad_norm") if not _is_hex_float(trainer["probe"].get(name))]
+    if isinstance(trainer.get("best"), dict) and "data" in trainer["best"]:  # older versions did not write that, and theirs is not read
+        wrong += [f"best.{name}" for name, kind in _BEST.items() if not isinstance(trainer["best"].get(name), kind)]
+        wrong += [f"best.{name}" for name in ("value", "loss") if not _is_finite(trainer["best"].get(name))]
+        wrong += [f"best.{ascii(name)[1:-1]}" for name in trainer["best"] if name not in _BEST]
+    scale = trainer.get("loss_scale")
+    if isinstance(scale, dict):
+        wrong += [f"loss_scale.{name}" for name in ("good_steps", "overflows_left") if type(scale.get(name)) is not int]
+        wrong += ["loss_scale.value"] * (not _is_finite(scale.get("value")))
+    elif not _is_finite(scale):  # a number in older versions
+        wrong.append("loss_scale")
+    if wrong:
+        where = f"{folder / TRAINER_FILE} is damaged: it does not hold what this trainer writes under"
+        raise UserError(f"{where} {', '.join(ascii(name)[1:-1] for name in dict.fromkeys(wrong[:8]))}")
+    return trainer
+
+
+def _is_flag(name: str, value: Any) -> bool:
+    """Flags are compared and shown, which any plain value can be; one is also taken apart."""
+    return isinstance(value, str) if name == "lora_target_modules" else isinstance(value, (str, int, float, NoneType))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
+def _is_hex_float(text: Any) -> bool:
+    try:
+        float.fromhex(text)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def check_same_model(point: ResumePoint, model_config: ModelConfig) -> None:

@@ -90,6 +90,7 @@ class Saver:
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._work: _StepSave | None = None
 
     def prepare(self) -> None:
         """After an update, where saves will come while training goes on: make room for the first one's copy, once, beside the training."""
@@ -142,6 +143,16 @@ class Saver:
         if self._failure is not None and not isinstance(self._failure, StepNotSaved):
             raise self._failure
 
+    def give_up(self) -> bool:
+        """In place of wait(), where the ranks have lost each other: whether a save was cut off by that. What it has written so far goes."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        was_cut_off = self._failure is not None and not isinstance(self._failure, StepNotSaved)
+        if was_cut_off and self._work is not None and self._keeps:
+            self._work.writer.give_up()
+        return was_cut_off
+
     def finish(self) -> None:
         """wait(), after the last save. Raises StepNotSaved if that one came to nothing."""
         self.wait()
@@ -149,7 +160,7 @@ class Saver:
             raise self._failure
 
     def _run(self, work: "_StepSave") -> None:
-        self._failure = None
+        self._failure, self._work = None, work
         try:
             work.run()
         except Exception as error:  # of the store, so of rank 0: carried to the main thread, which raises it

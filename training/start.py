@@ -34,6 +34,7 @@ from training.flags import flag_name
 from training.folders import Folders, find_folders, remove_tokens
 from training.job import Job, all_say
 from training.resuming import ResumePoint, check_same_model, find_resume_point, newest_in_sight
+from training.supervise import Supervised
 from training.validation import ValidationData, open_validation
 from user_error import UserError
 
@@ -74,8 +75,9 @@ class ReadingDesk:
     validation: ValidationData | None
 
 
-def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingDesk | None]:
-    """Called by all ranks once the job has formed. Locks and data files are released by ``cleanup``."""
+def agree(job: Job, config: Config, cleanup: ExitStack, *, run_token: str | None = None) -> tuple[Start, ReadingDesk | None]:
+    """Called by all ranks once the job has formed. Locks and data files are released by ``cleanup``. run_token: on rank 0, where this
+    process has begun the run already, and all go back to its newest checkpoint."""
     assert config.checkpoint_path is not None, "parse_config requires it"
     root = Path(config.checkpoint_path)
     with explained_disk_errors(root):
@@ -91,7 +93,9 @@ def agree(job: Job, config: Config, cleanup: ExitStack) -> tuple[Start, ReadingD
         hosts = [f"rank{'s' * (len(group) > 1)} {', '.join(map(str, group))} on {job.roster[group[0]]['host']}" for group in folders.groups]
         log.info("--checkpoint-path is %d folders: of %s; each keeps the layers of its own ranks", len(hosts), "; of ".join(hosts))
     in_sight = _complete_commits(job, folders, root)
-    token, is_restart = all_say(job, dist.PrefixStore("start", job.store), "run", _run_token(job, root) if job.place.rank == 0 else None)[0]
+    token, is_restart = all_say(
+        job, dist.PrefixStore("start", job.store), "run", _run_token(root, run_token) if job.place.rank == 0 else None
+    )[0]
     point = _find_point(job, config, root, token, is_restart)
     start = _counters(config, folders, point)
     if point is not None:
@@ -135,16 +139,22 @@ def _complete_commits(job: Job, folders: Folders, root: Path) -> list[dict[str, 
     return all_say(job, store, "after", step_positions(root))
 
 
-def _run_token(job: Job, root: Path) -> tuple[str, bool]:
-    """On rank 0: what marks the steps of this run, and whether torchrun has restarted a run that had begun in ``root``."""
-    path, launcher = root / RUN_FILE, _launcher()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0 and path.is_file():
+def _run_token(root: Path, known_here: str | None) -> tuple[str, bool]:
+    """On rank 0: what marks the steps of this run, and whether it goes on with a run that had begun in ``root``: in this process, or in one
+    that torchrun or the supervisor has restarted."""
+    if known_here is not None:
+        return known_here, True
+    path, launcher, supervised = root / RUN_FILE, _launcher(), Supervised.from_environment()
+    is_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    if (is_torchrun or (supervised is not None and supervised.attempt > 0)) and path.is_file():
         try:
             known = read_json_object(path)
         except UserError:  # cut off while it was written
             known = {}
         same_id = launcher["run_id"] not in (None, "none") and known.get("run_id") == launcher["run_id"]
-        if "token" in known and (same_id or known.get("agent") == launcher["agent"]):
+        same_agent = is_torchrun and known.get("agent") == launcher["agent"]
+        same_supervisor = supervised is not None and known.get("supervisor") == supervised.run_id
+        if "token" in known and (same_id or same_agent or same_supervisor):
             return str(known["token"]), True
     return secrets.token_hex(8), False
 
@@ -156,18 +166,21 @@ def _note_run(root: Path, token: str) -> None:
 
 
 def _launcher() -> dict[str, Any]:
-    return {"run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "agent": os.getppid()}
+    supervised = Supervised.from_environment()
+    supervisor = supervised.run_id if supervised is not None else None
+    return {"run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "agent": os.getppid(), "supervisor": supervisor}
 
 
 def _find_point(job: Job, config: Config, root: Path, token: str, is_restart: bool) -> ResumePoint | None:
-    """Called by all ranks: what --resume asks for; where torchrun has restarted this very run, its own newest step, if it has saved one."""
+    """Called by all ranks: what --resume asks for; where torchrun or the supervisor has restarted this very run, its own newest step, if it
+    has saved one."""
     store, hashes = dist.PrefixStore("start", job.store), config.verify_checkpoint
     mode: str = all_say(job, store, "mode", config.resume)[0]
     if is_restart and mode != "auto":
         point = find_resume_point(job, root, only=None, hashes=hashes, is_required=False)
         if point is not None and point.trainer.get("run_token") == token:
             if job.place.rank == 0:
-                log.info("restarted by torchrun: going on from the newest checkpoint of this run, not with --resume %s", mode)
+                log.info("restarted: going on from the newest checkpoint of this run, not with --resume %s", mode)
             return point
     if mode == "none":
         return None

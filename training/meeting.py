@@ -1,0 +1,276 @@
+"""From flags to a job whose ranks have met: every rank knows its place, its device and its peers, and hears when one of them is gone.
+
+Order matters. First what this rank can check alone (interface, secret, device, the model's headers); then the hub, where a problem of one
+rank reaches all of them; only then process groups. Nothing here reads a weight. A process may meet the others more than once: where a
+connection breaks, or a lost rank comes back, everybody parts and comes to the same door again (MeetAgain). Promises: every failure is one
+UserError, alike in meaning on all ranks, before anything was written; after meet() a lost peer either ends this process within moments,
+whatever it is doing, or wakes it with MeetAgain."""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from comms.connections import Connections
+from comms.groups import join_process_group, make_groups
+from comms.heartbeat import silent_after_s
+from comms.hub import Hub, Rules
+from comms.lifeline import Lifeline, Trouble
+from comms.links import PeerLost
+from comms.place import place_of, whole_replicas
+from comms.rendezvous import Door, agent_store, check_door_is_here, listen
+from comms.secret import Secret
+from comms.spans import Spans
+from comms.store_tunnel import StoreTunnel, join_store, serve_store
+from training.allocator import keep_freed_memory
+from training.config import Config
+from training.exit_status import EXIT_FAILED, EXIT_PEER_LOST
+from training.job import COLLECTIVE_TIMEOUT, Job, MeetAgain
+from training.local_facts import LocalFacts, look_around
+from training.telling import TELL_OTHERS_S, find_door, linger, make_hello, secret_of, tell_others
+from user_error import UserError
+
+log = logging.getLogger("trainer")
+
+CAUSE_WAIT_S = 5.0
+TELL_LOSS_S = 2.0
+LAST_WORDS_S = 3.0
+REFUSED_S = 3.0  # rank 0 opens the next door in a moment
+MIN_LINK_BACK_S = 30.0  # for ranks to come to a second meeting
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Host:
+    """What rank 0 keeps open for the others."""
+
+    door: Door
+    hub: Hub
+    store: dist.TCPStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Return:
+    """How this process comes back when it dies: whether a supervisor starts it again, and how often it has."""
+
+    comes_back: bool = False
+    attempt: int = 0
+
+
+class Meetings:
+    """All meetings of one process in one job. goes_on: whether a broken link or a lost rank may end in another meeting; else the job ends."""
+
+    def __init__(self, config: Config, *, goes_on: bool, returns: Return | None = None) -> None:
+        self._config, self._returns = config, returns or Return()
+        self._wants_to_go_on = goes_on and config.world_size != 1
+        self.spans = Spans()
+        self._goes_on = False
+        self._facts: LocalFacts | None = None
+        self._secret: Secret | None = None
+        self._port = 0  # of rank 0's door where torchrun's store says which: the same one in every meeting
+        self._dead: frozenset[int] = frozenset()
+        self._number = 0
+        self._refused_s = math.inf
+        self.replica_is_back: Callable[[], bool] = lambda: False  # on rank 0: whether one is waiting to be taken back
+
+    @contextlib.contextmanager
+    def meet(self) -> Iterator[Job]:
+        """Collective over all ranks: the job, formed. On leaving the block without an error the ranks part for good; with one, the others are
+        told, unless the error came of a trouble after which all meet again: then MeetAgain is raised instead.
+
+        Raises UserError: this rank's own problem, or what the hub says of another's.
+        """
+        config = self._config
+        timeout = timedelta(seconds=config.rendezvous_timeout)
+        try:
+            if self._facts is None:
+                self._facts = look_around(config)
+            facts = self._facts
+            self._goes_on = self._wants_to_go_on and facts.backend == "gloo"  # a wait in NCCL is not ended by its sockets
+            if self._secret is None:
+                self._secret = secret_of(config, is_loopback=facts.interface.is_loopback)
+            host = self._open_door(facts, timeout) if facts.place.rank == 0 else None
+        except UserError as error:
+            tell_others(config, error, TELL_OTHERS_S)
+            raise
+        door = host.door if host is not None else find_door(config.door, timeout)
+        address = (door.host, door.port)
+        lifeline = Lifeline(address, self._secret, deadline_s=config.rendezvous_timeout, peer_timeout_s=config.peer_timeout_s)
+        hello = make_hello(config, facts, problem=None, comes_back=self._returns.comes_back, attempt=self._returns.attempt)
+        try:
+            formed = lifeline.join(hello, on_wait=lambda text: log.info("%s", text), refused_s=self._refused_s)
+        except UserError as error:
+            if host is not None:
+                linger(host.hub, error, TELL_OTHERS_S)
+            raise
+        connections, tunnel = Connections(), StoreTunnel(address, self._secret, hello.in_words)
+
+        def on_trouble(trouble: Trouble) -> None:
+            if not (trouble.meets_again and self._goes_on):
+                end_process(facts, self.spans, trouble)
+            log.warning("%s", f"{trouble.text.rstrip('.')}. All ranks meet again")
+            connections.break_all()
+            tunnel.close()
+
+        host_returns = self._goes_on and (bool(formed["host_comes_back"]) or config.allow_replica_loss)
+        self._refused_s = math.inf if host_returns else REFUSED_S
+        lifeline.watch(on_trouble, lambda: self.spans.beat, host_returns=host_returns)
+        try:
+            job = self._form(facts, formed["roster"], join_store(tunnel, timeout), lifeline, connections)
+            self._number += 1
+            self.replica_is_back = (lambda: host.hub.replica_is_back) if host is not None else (lambda: False)
+            yield job
+            self.spans.enter_phase("waiting for the others to end")
+            lifeline.finish()
+        except BaseException as error:
+            self._part_in_trouble(error, lifeline, host)
+            raise
+        finally:
+            tunnel.close()
+        _leave_groups()
+        if host is not None:
+            host.hub.close()
+
+    def _part_in_trouble(self, error: BaseException, lifeline: Lifeline, host: _Host | None) -> None:
+        """Raises MeetAgain where the job goes on."""
+        trouble = None
+        if isinstance(error, MeetAgain):  # all ranks decided it together
+            if host is not None:
+                host.hub.meet_again(str(error))
+            trouble = lifeline.trouble(COLLECTIVE_TIMEOUT.total_seconds())
+        elif not isinstance(error, UserError):
+            trouble = lifeline.trouble(CAUSE_WAIT_S if isinstance(error, (PeerLost, RuntimeError)) else 0.0)
+            if isinstance(error, (PeerLost, dist.DistError)) and trouble is None:  # nobody is known to be gone
+                lifeline.report_broken(_reason(error))
+                trouble = lifeline.trouble(CAUSE_WAIT_S)
+        if trouble is not None and trouble.meets_again and self._goes_on:
+            lifeline.leave()
+            if host is not None:
+                self._dead = host.hub.lost
+                host.hub.close()
+            _leave_groups()
+            raise MeetAgain(trouble.text) from error
+        trace = "" if isinstance(error, (UserError, PeerLost)) else "".join(traceback.format_exception(error))
+        lifeline.report_failure(_reason(error), restart_helps=not isinstance(error, UserError), trace=trace)
+        if host is not None:
+            host.hub.wait_until_loss_told(TELL_LOSS_S)
+        if self._config.world_size == 1:  # a program may go on; a rank that others wait for may not, and would wait for them here
+            _leave_groups()
+            if host is not None:
+                host.hub.close()
+
+    def _open_door(self, facts: LocalFacts, timeout: timedelta) -> _Host:
+        """On rank 0: the hub, listening on the chosen interface's address and nowhere else, and the store behind it. Raises UserError."""
+        config, door = self._config, self._config.door
+        assert self._secret is not None, "found before"
+        address = facts.interface.address if door.agent_prefix else check_door_is_here(door, facts.interface)
+        listener = listen(address, self._port if door.agent_prefix else door.port)
+        self._port = listener.getsockname()[1]
+        store = serve_store(timeout)
+        hub = Hub(
+            listener,
+            secret=self._secret,
+            world_size=facts.place.world_size,
+            deadline_s=config.rendezvous_timeout,
+            store_port=store.port,
+            describe=lambda rank: facts.place.at(rank).in_words,
+            rules=self._rules(facts),
+        )
+        if door.agent_prefix and self._number == 0:
+            try:
+                agent_store(door, timeout).set("hub", f"{address}:{self._port}")
+            except dist.DistError as error:
+                raise UserError(
+                    f"rank 0 must reach torchrun's store at {door}; it cannot ({error}). Start the job through torchrun again"
+                ) from error
+        return _Host(door=Door(host=address, port=self._port), hub=hub, store=store)
+
+    def _rules(self, facts: LocalFacts) -> Rules:
+        config, place = self._config, facts.place
+
+        def who_goes_on(present: frozenset[int]) -> list[int]:
+            return whole_replicas(present, dp_size=place.dp_size, pp_size=place.pp_size) if config.allow_replica_loss else []
+
+        return Rules(
+            may_meet_again=self._goes_on,
+            who_goes_on=who_goes_on,
+            dead=self._dead,
+            grace_s=max(MIN_LINK_BACK_S, silent_after_s(config.peer_timeout_s)) if self._number else 0.0,
+            is_first_meeting=self._number == 0,
+            peer_timeout_s=config.peer_timeout_s,
+        )
+
+    def _form(
+        self, facts: LocalFacts, roster: list[dict[str, Any]], store: dist.Store, lifeline: Lifeline, connections: Connections
+    ) -> Job:
+        config = self._config
+        members = [entry["rank"] for entry in roster]
+        place = place_of(members.index(facts.place.rank), dp_size=len(members) // facts.place.pp_size, pp_size=facts.place.pp_size)
+        ranks_here = sum(entry["host_id"] == roster[place.rank]["host_id"] for entry in roster)
+        num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+        torch.set_num_threads(num_threads)
+        keep_freed_memory()
+        text = (
+            f"the ranks have met, but {facts.place.in_words} did not get its connections to the others over {facts.interface.name} within "
+            f"{config.rendezvous_timeout:.0f} s (--rendezvous-timeout). Let any firewall between the hosts pass all ports of that interface"
+        )
+        trouble = Trouble(text=text, restart_helps=False)
+        too_late = threading.Timer(config.rendezvous_timeout, end_process, [facts, self.spans, trouble])
+        too_late.daemon = True
+        too_late.start()
+        try:
+            with connections.recorded():
+                join_process_group(place, dist.PrefixStore("groups", store), facts.backend, COLLECTIVE_TIMEOUT)
+                groups = make_groups(place, facts.backend, COLLECTIVE_TIMEOUT)
+        finally:
+            too_late.cancel()
+        own = {name: getattr(facts, name) for name in LocalFacts.__dataclass_fields__}
+        return Job(
+            **{**own, "place": place},
+            store=dist.PrefixStore("job", store),
+            groups=groups,
+            connections=connections,
+            lifeline=lifeline,
+            roster=roster,
+            num_replicas=facts.place.dp_size,
+            num_threads=num_threads,
+            spans=self.spans,
+            number=self._number,
+        )
+
+
+def _leave_groups() -> None:
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # of broken connections
+            dist.destroy_process_group()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted (Ctrl-C)"
+    return str(error) if isinstance(error, (UserError, PeerLost)) else f"{type(error).__name__}: {error}"
+
+
+def end_process(facts: LocalFacts, spans: Spans, trouble: Trouble) -> None:
+    """Called on the lifeline's thread. The main thread may hang in a wait that nothing can cancel, so the process ends here and now."""
+    status = EXIT_PEER_LOST if trouble.restart_helps else EXIT_FAILED
+    threading.Timer(LAST_WORDS_S, os._exit, [status]).start()  # also if nobody reads our stderr any more
+    try:
+        helps = trouble.restart_helps
+        where = f"This was noticed during {spans.in_words} on {facts.place.in_words}. " if helps else ""
+        advice = "The job cannot go on; start it again with the same command and it resumes from its newest checkpoint." if helps else ""
+        log.error("%s", f"{trouble.trace}{trouble.text.rstrip('.')}. {where}{advice}".rstrip())
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)

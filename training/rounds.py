@@ -1,0 +1,144 @@
+"""A training over all meetings of its ranks: what is kept when they part and meet again, and where they go on.
+
+::
+
+    meet -> build from a checkpoint -> train -----------------------------------------> part
+      ^            ^                     |
+      |            |                     a connection broke, a replica was lost or is back, a rank was started anew
+      |            |                     |
+      |            +-- somebody has no state: all go back to the newest checkpoint, every process stays warm
+      +------------+-- all have: they go on with what they hold, from the last optimizer step
+"""
+
+import contextlib
+import dataclasses
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from comms.place import place_of
+from training.config import Config
+from training.epochs import with_total_steps
+from training.folders import Folders, find_folders
+from training.job import Job, MeetAgain, all_say
+from training.loop import Trainer
+from training.meeting import Meetings, Return
+from training.plan import agree_on_plan
+from training.report import set_up_logging
+from training.standing import Standing, common_ground
+from training.start import agree, claim_folder
+from training.stopping import StopRequest
+from training.supervise import Supervised
+from training.tracing import check_trace_path
+from user_error import UserError
+
+log = logging.getLogger("trainer")
+
+MOST_REPLAYS = 5  # meetings in a row from which no optimizer step comes
+
+
+class Rounds:
+    """One rank's training. run() is its whole life."""
+
+    def __init__(self, config: Config, supervised: Supervised | None) -> None:
+        self._config, self._supervised = config, supervised
+        returns = Return(comes_back=supervised is not None, attempt=supervised.attempt if supervised is not None else 0)
+        self._meetings = Meetings(config, goes_on=True, returns=returns)
+        self._trainer: Trainer | None = None
+        self._folders: Folders | None = None
+        self._held = ExitStack()  # what belongs to the trainer: locks, data files
+        self._lost_at = supervised.lost_at if supervised is not None else None  # as time.time()
+        self._run_token: str | None = None  # on rank 0: what marks the steps of this run
+        self._num_replays = 0
+
+    def run(self, stop_request: StopRequest) -> None:
+        """Train to the end. Raises UserError, PeerLost."""
+        with contextlib.closing(self):
+            while True:
+                try:
+                    with self._meetings.meet() as job:
+                        self._one_meeting(job, stop_request)
+                    return
+                except MeetAgain as again:
+                    self._lost_at = self._lost_at or time.time()
+                    self._check_progress(again)
+
+    def close(self) -> None:
+        """Let go of the trainer and of what belongs to it."""
+        self._trainer, trainer = None, self._trainer
+        if trainer is not None:
+            trainer.close()
+        self._held.close()
+        self._held = ExitStack()
+
+    def _one_meeting(self, job: Job, stop_request: StopRequest) -> None:
+        config, place = self._config, job.place
+        assert config.rank is not None and config.data_group_size is not None, "complete() filled these in"
+        set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
+        job.spans.enter_phase("preparing data and checkpoints")
+        said = all_say(job, job.store, "standing", None if self._trainer is None else self._trainer.standing.as_json())
+        standings = [None if one is None else Standing.from_json(one) for one in said]
+        ground = common_ground(standings)
+        if ground is not None and self._trainer is not None and self._folders is not None:
+            if len(self._folders_of()) != place.world_size:
+                self._folders = find_folders(job, self._root)
+            self._trainer.go_on(job, ground, self._folders)
+            if place.rank == 0:
+                missing = "" if job.is_whole else f" with {place.dp_size} of {job.num_replicas} replicas"
+                log.info("all ranks have met again%s and go on behind optimizer step %d", missing, ground.optimizer_step)
+        elif not self._build(job):
+            return
+        assert self._trainer is not None, "built or kept"
+        self._trainer.replica_is_back = self._meetings.replica_is_back
+        self._trainer.on_step = self._on_step
+        self._trainer.run(stop_request)
+
+    @property
+    def _root(self) -> Path:
+        assert self._config.checkpoint_path is not None, "parse_config requires it"
+        return Path(self._config.checkpoint_path)
+
+    def _folders_of(self) -> list[int]:
+        assert self._folders is not None, "found when the trainer was built"
+        return [rank for group in self._folders.groups for rank in group]
+
+    def _build(self, job: Job) -> bool:
+        """From the newest checkpoint, or the beginning. False if there is nothing to do."""
+        self.close()
+        config = self._config
+        if config.profiling == "tidy_profiling" and job.place.rank == 0:
+            check_trace_path(config.trace_file)
+        config = with_total_steps(job, config)
+        start, desk = agree(job, config, self._held, run_token=self._run_token)
+        self._run_token = desk.run_token if desk is not None else None
+        if start.is_finished:
+            if job.place.rank == 0:
+                log.info("nothing to do: %s is at step %d and --total-steps is %d", config.checkpoint_path, start.step, config.total_steps)
+            return False
+        job.spans.enter_phase("measuring layers and links")
+        plan = agree_on_plan(job, config)
+        job = dataclasses.replace(job, cut=plan.cut)
+        claim_folder(job, self._root, start, desk)
+        job.spans.enter_phase("loading weights")
+        self._folders = start.folders
+        self._trainer = Trainer(job, config, start, desk, plan)
+        return True
+
+    def _on_step(self, optimizer_step: int) -> None:
+        self._num_replays = 0
+        if self._lost_at is not None:
+            if self._config.rank == 0:
+                log.info("optimizer step %d is done, %.1f s after the job was interrupted", optimizer_step, time.time() - self._lost_at)
+            self._lost_at = None
+        if self._supervised is not None:
+            self._supervised.pipe.step(optimizer_step)
+
+    def _check_progress(self, again: MeetAgain) -> None:
+        """Raises UserError where meeting after meeting brings no step."""
+        self._num_replays += 1
+        if self._num_replays > MOST_REPLAYS:
+            raise UserError(
+                f"the ranks have met {self._num_replays} times and did not get through a single optimizer step in between; last: {again}. See "
+                "what stands between their hosts, and start the job again: it resumes from its newest checkpoint"
+            ) from again

@@ -1,0 +1,61 @@
+"""Where a rank stands when its meeting has broken off, and where all of them go on from. Pure.
+
+A step is decided by one all-reduce. If any rank has its result, all ranks have given theirs to it, so all have the whole gradient of that
+step. A rank that did not get the result therefore needs no gradient again: it takes the decision from one that has it, updates, and stands
+where the others stand, to the bit. If nobody has the result, everybody plays the step again, from weights that nobody has changed."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optim.decide import StepDecision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Of one rank. optimizer_step: the last one whose update it has done; decision: of that step, None before the first one here;
+    settled: the last step behind which all is done that comes behind a step (evaluation, checkpoint)."""
+
+    optimizer_step: int
+    decision: StepDecision | None
+    settled: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For all_say()."""
+        decision = None if self.decision is None else asdict(self.decision)
+        return {"optimizer_step": self.optimizer_step, "decision": decision, "settled": self.settled}
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> "Standing":
+        """What another rank's as_json() gave."""
+        decision = said["decision"]
+        if decision is not None:
+            decision = StepDecision(**{**decision, "sums": tuple(decision["sums"])})
+        return cls(optimizer_step=said["optimizer_step"], decision=decision, settled=said["settled"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonGround:
+    """Equal on all ranks. optimizer_step: where all stand once those one step behind have made up for it with ``decision``; settled: as
+    Standing, of all."""
+
+    optimizer_step: int
+    decision: StepDecision | None
+    settled: int
+
+
+def common_ground(standings: Sequence[Standing | None]) -> CommonGround | None:
+    """Where the ranks go on from with what they hold in memory; None where one of them holds nothing, or they are too far apart, so that
+    all must go back to a checkpoint."""
+    known = [standing for standing in standings if standing is not None]
+    if len(known) < len(standings):
+        return None
+    first = max(known, key=lambda standing: standing.optimizer_step)
+    behind = [standing for standing in known if standing.optimizer_step < first.optimizer_step]
+    if any(standing.optimizer_step < first.optimizer_step - 1 for standing in behind) or (behind and first.decision is None):
+        return None
+    return CommonGround(
+        optimizer_step=first.optimizer_step,
+        decision=first.decision,
+        settled=-1 if behind else min(standing.settled for standing in known),
+    )
