@@ -22,6 +22,7 @@ from comms.secret import Secret
 
 LOOPBACK = "127.0.0.1"
 PIECE_BYTES = 2**16
+ANSWER_S = 15.0
 
 
 def serve_store(timeout: timedelta) -> dist.TCPStore:
@@ -101,9 +102,10 @@ class StoreTunnel:
         return reader, writer
 
 
-def join_store(tunnel: StoreTunnel, timeout: timedelta) -> dist.TCPStore:
-    """A client of rank 0's store. Raises torch's DistError when it is not there within ``timeout``."""
-    return dist.TCPStore(LOOPBACK, tunnel.port, is_master=False, wait_for_workers=False, timeout=timeout)
+def join_store(tunnel: StoreTunnel) -> dist.TCPStore:
+    """A client of rank 0's store. Raises torch's DistError when it does not answer within ANSWER_S. That is also how long a wait lasts that
+    does not say otherwise, and how long a client tries in vain to reach a tunnel that was closed under it."""
+    return dist.TCPStore(LOOPBACK, tunnel.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
 
 
 def _is_of_this_process(peer: tuple[str, int]) -> bool:

@@ -1,12 +1,12 @@
 """One reduction per optimizer step, from which every rank decides alike: skip, clip, log, stop.
 
 The vector has an entry per layer for its squared gradient norm (filled only by the rank of replica 0 that owns the layer), one per
-replica for its loss (filled by its last stage) and one each for the ranks that were asked to stop or to meet anew. Adding zeros is exact, and every rank then
+replica for its loss (filled by its last stage) and one for each wish that a rank can have. Adding zeros is exact, and every rank then
 sums the entries in the same order, so the clip factor has the same bits for any cut of the model."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -20,15 +20,26 @@ CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What a rank asks all to do behind this step: stop: end the run; meet: part and meet anew; snapshot: keep one in host memory."""
+
+    stop: bool = False
+    meet: bool = False
+    snapshot: bool = False
+
+
+NO_WISHES = Wishes()
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDecision:
-    """Equal to the last bit on all ranks. loss: mean over the target tokens of the global batch, before the update. stop: some rank was
-    asked to end the run; meets_again: some rank asked that all meet anew behind this step. sums: what the ranks gave to be added up."""
+    """Equal to the last bit on all ranks. loss: mean over the target tokens of the global batch, before the update. wishes: what any rank
+    asks for. sums: what the ranks gave to be added up."""
 
     loss: float
     grad_norm: float
     clip_factor: float
-    stop: bool
-    meets_again: bool
+    wishes: Wishes
     sums: tuple[float, ...]
 
     @property
@@ -53,16 +64,14 @@ def decide_step(
     loss: float,
     clip_grad_norm: float,
     device: torch.device,
-    wants_stop: bool = False,
-    wants_meeting: bool = False,
+    wishes: Wishes = NO_WISHES,
     sums: Sequence[float] = (),
 ) -> StepDecision:
     """Collective over all ranks. ``layers``: all layer keys of the model in order; ``squares``: of this rank's layers, after the
     sum over replicas; ``loss``: this replica's share on its last stage, else 0. clip_grad_norm 0 does not clip.
     ``sums``: further numbers to add over all ranks, for reports; as many on every rank."""
-    stop_at = len(layers) + place.dp_size
-    meet_at = stop_at + 1
-    num_votes = meet_at + 1
+    wishes_at = len(layers) + place.dp_size
+    num_votes = wishes_at + len(astuple(wishes))
     votes = torch.zeros(num_votes + len(sums), dtype=torch.float64)
     votes[num_votes:] = torch.tensor(sums, dtype=torch.float64)
     if place.dp == 0:
@@ -70,8 +79,7 @@ def decide_step(
             votes[index] = squares.get(key, 0.0)
     if place.is_last_stage:
         votes[len(layers) + place.dp] = loss
-    votes[stop_at] = float(wants_stop)
-    votes[meet_at] = float(wants_meeting)
+    votes[wishes_at:num_votes] = torch.tensor(astuple(wishes), dtype=torch.float64)
     on_wire = votes if dist.get_backend() == "gloo" else votes.to(device)
     with naming_the_peer("agreeing on the step with the other ranks"):
         dist.all_reduce(on_wire)
@@ -81,10 +89,9 @@ def decide_step(
     if clip_grad_norm > 0:
         clip_factor = min(1.0, clip_grad_norm / (grad_norm + CLIP_EPS))
     return StepDecision(
-        loss=sum(entries[len(layers) : stop_at]),
+        loss=sum(entries[len(layers) : wishes_at]),
         grad_norm=grad_norm,
         clip_factor=clip_factor,
-        stop=entries[stop_at] > 0,
-        meets_again=entries[meet_at] > 0,
+        wishes=Wishes(**{f.name: n > 0 for f, n in zip(fields(Wishes), entries[wishes_at:num_votes], strict=True)}),
         sums=tuple(entries[num_votes:]),
     )

@@ -6,6 +6,7 @@ without any, one space is put.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from tasks.examples import BadRecordError, Example, Piece, Record
@@ -20,6 +21,7 @@ FORMS_RULE = 'a record must be an object with "text", with "prompt" and "complet
 
 SPEAKERS = {"user": "<human>", "human": "<human>", "assistant": "<bot>", "bot": "<bot>", "gpt": "<bot>", "system": "<system>"}
 ANSWERING = "<bot>"
+_NAME_CHARS = 60
 
 _KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
 
@@ -73,7 +75,13 @@ def text_field(record: Record, name: str) -> str:
 
 def named_fields(record: Record) -> str:
     """The names of a record's fields, for messages."""
-    return ", ".join(map(str, list(record)[:12])) or "none"
+    return ", ".join(_shown(str(name)) for name in islice(record, 12)) or "none"
+
+
+def _shown(name: str) -> str:
+    """Short, and without what cannot be printed: JSON can spell half of a surrogate pair."""
+    short = name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]}..."
+    return short.encode(errors="backslashreplace").decode()
 
 
 def _conversation(messages: Any) -> Example:

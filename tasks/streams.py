@@ -17,7 +17,8 @@ from tasks.records import MAX_RECORD_BYTES, TOO_LONG, Numbered, numbered
 from user_error import UserError
 
 SCAN_BYTES = 2**20
-ZST_READ_BYTES = 2**14  # little, since text that repeats itself may unpack to hundreds of times as much
+# Little, since a block of 4 bytes may stand for 128 KiB: so much of a file unpacks to 16 MiB at the most, at a tenth more time.
+ZST_READ_BYTES = 2**9
 # Files made with `zstd --long=31` need a window this large; the decoder takes only what a frame asks for.
 ZST_MAX_WINDOW_BYTES = 2**31
 PACKED = (".zst", ".gz")

@@ -24,6 +24,7 @@ from user_error import UserError
 Settings = TypeVar("Settings")
 
 
+_LONGEST_ERROR = 4000  # characters of argparse's, which quotes what it does not understand
 # Of yaml's constructors, for what has the form of a date or the tag of a number and is none; and for nesting without end.
 _UNEXPLAINED_YAML_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 
@@ -52,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
             given = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
             near = [f"{match[0]} for {word}" for word in given if (match := difflib.get_close_matches(word, known, n=1))]
             message = f"unknown flags (see --help): {unknown}" + (f"; did you mean {', '.join(near)}?" if near else "")
-        raise UserError(message)
+        raise UserError(message if len(message) <= _LONGEST_ERROR else f"{message[:_LONGEST_ERROR]}...")
 
 
 class _Help(argparse.HelpFormatter):

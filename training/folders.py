@@ -53,9 +53,10 @@ class Folders:
         return [rank for rank in range(place.world_size) if self.writes(place.at(rank))]
 
 
-def find_folders(job: Job, root: Path) -> Folders:
-    """Called by all ranks: make ``root`` where it is missing, and find out who sees whose. Raises UserError where it cannot be written."""
-    place, store = job.place, dist.PrefixStore("folders", job.store)
+def find_folders(job: Job, root: Path, *, label: str = "folders") -> Folders:
+    """Called by all ranks: make ``root`` where it is missing, and find out who sees whose. label: another one for each kind of root. Raises
+    UserError where it cannot be written."""
+    place, store = job.place, dist.PrefixStore(label, job.store)
     if place.rank == 0:
         store.set("token", secrets.token_hex(8))
     store.wait(["token"], COLLECTIVE_TIMEOUT)

@@ -21,7 +21,7 @@ from modules.dropout import Draw
 from modules.linear import WeightGradients, linears
 from modules.lm_ops import Segments
 from modules.stage import Stage, layer_keys
-from optim.decide import StepDecision, decide_step, layer_square
+from optim.decide import NO_WISHES, StepDecision, Wishes, decide_step, layer_square
 from pipeline_parallel.engine import MicroBatch, PipelineEngine
 from pipeline_parallel.schedule import PipelineMode, order, warmup_forwards
 
@@ -110,14 +110,13 @@ class GlobalGradient:
         *,
         step: int = 0,
         loss_scale: float = 1.0,
-        wants_stop: bool = False,
-        wants_meeting: bool = False,
+        wishes: Wishes = NO_WISHES,
     ) -> StepDecision:
         """Collective over all ranks. tokens: this replica's share, (A, N, 3, T) int32, for A accumulation steps of N sequences
         ([:, :, 0] ids, [:, :, 1] positions, [:, :, 2] targets or IGNORED_TARGET); num_targets: of the whole global batch; step: optimizer
         step, which decides what dropout draws; loss_scale: see optim/loss_scale.py, no longer in the
-        gradients when this returns, unless the step is to be skipped; wants_stop, wants_meeting: this rank votes to end the run, or to
-        part behind this step and meet again.
+        gradients when this returns, unless the step is to be skipped; wishes: what this rank asks
+        all to do behind this step.
         Gradients are added to what ``.grad`` holds (see forget()). Raises PeerLost."""
         actions = order(
             self._schedule.mode,
@@ -142,8 +141,7 @@ class GlobalGradient:
                 loss=loss.item() / loss_scale,
                 clip_grad_norm=self._clip_grad_norm,
                 device=self._device,
-                wants_stop=wants_stop,
-                wants_meeting=wants_meeting,
+                wishes=wishes,
                 sums=self._wire_sums(),
             )
         self.scale_as_decided(decision, loss_scale)

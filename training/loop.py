@@ -19,24 +19,26 @@ import torch
 
 from checkpoint.model_folder import load_weights
 from modules.stage import draw_parameter
-from optim.decide import StepDecision
+from optim.decide import StepDecision, Wishes
 from optim.loss_scale import LossScale
 from optim.schedule import LearningRate
-from training.assembly import WeightTaker, assemble_stage, import_packages, make_optimizer, step_companions, step_weights
+from training.assembly import WeightTaker, assemble_stage, import_packages, make_optimizer
 from training.collecting import load_stage_state
 from training.config import Config
 from training.data import drawn_so_far, sequences_per_step, start_reader
 from training.feed import StepFeed, TokenFeed
 from training.folders import Folders
 from training.gradient import GlobalGradient, wire_report
-from training.job import Job, MeetAgain, all_say
+from training.job import Job, MeetAgain
+from training.keeping import Keeping
 from training.opening import describe_run
 from training.peak_memory import PeakMemory
 from training.plan import PipelinePlan
 from training.precision import precision_of
 from training.replicas import check_replicas_alike
 from training.report import Report
-from training.saving import Best, SaveOptions, Saver
+from training.saving import Best
+from training.skipping import SkippedSteps
 from training.standing import CommonGround, Standing
 from training.start import ReadingDesk, Start
 from training.stopping import StopRequest
@@ -75,9 +77,8 @@ class Trainer:
         assert config.checkpoint_path is not None and config.total_steps is not None, "parse_config requires them"
         self._config, self._desk, self._plan = config, desk, plan
         self._root = Path(config.checkpoint_path)
-        self._step, self._optimizer_step, self._num_skipped = start.step, start.optimizer_step, start.num_skipped
-        self._position = start.position
-        self._skipped_in_a_row = self._num_updates_here = 0
+        self._step, self._optimizer_step, self._position = start.step, start.optimizer_step, start.position
+        self._num_updates_here = 0
         self._accumulate = config.gradient_accumulate_step
         self._num_updates = config.total_steps // self._accumulate
         precision = precision_of(config, job.device)
@@ -88,32 +89,32 @@ class Trainer:
         self._optimizer = make_optimizer(config, self._stage, precision)
         self._loss_scale = LossScale(precision.loss_scale)
         self._load(job, start)
+        self._skipped = SkippedSteps(start.num_skipped, self._loss_scale, is_fp16=config.fp16, most_in_a_row=config.max_skipped_steps)
         check_replicas_alike(job, self._stage)
         self._learning_rate = _learning_rate(config, self._num_updates)
         saved_best = start.point.trainer.get("best") if start.point is not None else None
         self._best = Best(**saved_best) if config.keep_best and saved_best and "data" in saved_best else None
-        self._save_stall_s = 0.0  # of the saves since the last row
         self._probe = start.probe
         self._data_position = desk.position if desk is not None else None  # on rank 0: behind the last step that was consumed
         self._data_before: dict[str, Any] | None = None  # and before it
         self._last_feed: StepFeed | None = None
-        self._saved_step = start.step if start.point is not None else None
-        self._owes_save = False  # one was cut off
+        saved_step = start.step if start.point is not None and not start.is_rescue else None
+        self._keeping = Keeping(config, self._stage, self._optimizer, saved_step)
         self._is_described = False
         self._standing = Standing(optimizer_step=self._optimizer_step, decision=None, settled=self._optimizer_step)
         self._open_step: _OpenStep | None = None
         self._profiler: TidyProfiler | None = None
-        self._connect(job, start.folders)
+        self._connect(job, start.folders, start.rescue)
         if config.profiling == "tidy_profiling":
             self._profiler = self._make_profiler()
         self._report = Report(
             place=job.place, folder=self._root, first_step=start.step, total_steps=config.total_steps, logging_steps=config.logging_steps
         )
 
-    def _connect(self, job: Job, folders: Folders) -> None:
+    def _connect(self, job: Job, folders: Folders, rescue: Folders | None) -> None:
         """Collective over all ranks: all that talks to other ranks, made for this meeting, from what does not."""
         config, desk = self._config, self._desk
-        self._job, self._folders = job, folders
+        self._job = job
         self._gradient = GlobalGradient(
             place=job.place,
             groups=job.groups,
@@ -127,16 +128,7 @@ class Trainer:
             clip_grad_norm=config.clip_grad_norm,
             dropout_seed=config.seed if config.dropout or (config.train == "lora" and config.lora_dropout) else None,
         )
-        self._saver = Saver(
-            job,
-            folders,
-            self._root,
-            self._stage,
-            self._optimizer,
-            SaveOptions(is_async=config.async_checkpoint, with_optimizer=config.checkpoint_optimizer, keep=config.keep_checkpoints),
-            weights=step_weights(config, job.model, job.model_config),
-            companions=None if desk is None else step_companions(config, job.model, job.model_config, desk.encoder.folder),
-        )
+        self._keeping.connect(job, folders, rescue, desk)
         with job.connections.recorded():
             self._validation = start_validation(
                 job, config, self._gradient, self._stage, desk.validation if desk is not None else None, self._root
@@ -156,11 +148,10 @@ class Trainer:
         """Where this rank stands, for the meeting after this one."""
         return self._standing
 
-    def go_on(self, job: Job, ground: CommonGround, folders: Folders) -> None:
+    def go_on(self, job: Job, ground: CommonGround, folders: Folders, rescue: Folders | None) -> None:
         """Collective over all ranks, in a new meeting: make up for the step that this rank alone may have missed, and connect anew. Weights and
         optimizer are what they were."""
         job = dataclasses.replace(job, cut=self._plan.cut)
-        was_saving = self._saver.give_up()
         self._job = job
         if self._optimizer_step < ground.optimizer_step:
             assert ground.decision is not None and self._open_step is not None, "the others have decided the step that is open here"
@@ -175,9 +166,8 @@ class Trainer:
             log.warning("the profile is given up: it cannot go on over a meeting")
             self._profiler = None
         self._standing = dataclasses.replace(self._standing, settled=ground.settled)
-        if any(all_say(job, job.store, "saves cut off", was_saving)):
-            self._owes_save, self._saved_step = True, None
-        self._connect(job, folders)
+        self._keeping.make_up(job)
+        self._connect(job, folders, rescue)
 
     def run(self, stop_request: StopRequest) -> None:
         """Train to the end, save and report on the way."""
@@ -202,15 +192,15 @@ class Trainer:
                 feed = self._feed.next()
             if feed is None:
                 self._stop_for_data()
-            elif self._one_step(feed, started, stop_request).stop:
+            elif self._one_step(feed, started, stop_request).wishes.stop:
                 break
         self._job.spans.enter_phase("ending")
         if self._profiler is not None:
             self._profiler.finish()
-        if self._saved_step != self._step:
+        if self._keeping.saved_step != self._step:
             self._save(is_last=True)
         with self._job.spans.span("waiting for the checkpoint to be written"):
-            self._saver.finish()
+            self._keeping.finish()
         if self._optimizer_step < self._num_updates and self._job.place.rank == 0:
             asked = stop_request.name or "a signal on another rank"
             log.info("stopped by %s at step %d, which is saved; the same command goes on from there", asked, self._step)
@@ -275,12 +265,18 @@ class Trainer:
             feed.num_targets,
             step=self._optimizer_step + 1,
             loss_scale=step.loss_scale,
-            wants_stop=stop_request.name is not None,
-            wants_meeting=self.replica_is_back(),
+            wishes=Wishes(
+                stop=stop_request.name is not None,
+                meet=self.replica_is_back(),
+                snapshot=self._job.place.rank == 0 and self._keeping.wants_snapshot,
+            ),
         )
         self._complete(decision)
         self._settle(before)
-        if decision.meets_again:
+        if decision.wishes.snapshot:
+            with self._job.spans.span("keeping a snapshot"):
+                self._keeping.snapshot(self._step, self._position, self._trainer_state(None))
+        if decision.wishes.meet:
             self._part_for_a_replica()
         return decision
 
@@ -299,8 +295,7 @@ class Trainer:
         self._open_step = None
         self._step += self._accumulate
         self._position += sequences_per_step(self._config)
-        self._num_skipped += decision.skip
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if decision.skip else 0
+        self._skipped.count(decision)
         self._data_before, self._data_position = self._data_position, feed.state
         self._last_feed = feed
         num_tokens = sequences_per_step(self._config) * self._config.seq_length
@@ -318,7 +313,7 @@ class Trainer:
                 "data_wait_s": feed.data_wait_s,
                 "data_wait_share": feed.data_wait_s / max(seconds, feed.data_wait_s),
                 **drawn_so_far(feed.state),
-                "save_stall_s": self._save_stall_s,
+                "save_stall_s": self._keeping.pop_stall_s(),
                 "wire_bytes": wire.num_bytes,
                 "wire_error": wire.activation_error,
                 "wire_error_grad": wire.gradient_error,
@@ -326,39 +321,33 @@ class Trainer:
                 "skipped": decision.skip,
             }
         )
-        self._save_stall_s = 0.0
         self._num_updates_here += 1
         if self._num_updates_here == MEMORY_AFTER_UPDATES and self._job.place.dp == 0:
             self._say_memory()
         if decision.skip and self._job.place.rank == 0:
-            self._say_skipped(decision, step.loss_scale)
+            self._skipped.say(self._step, decision, step.loss_scale)
         self.on_step(self._optimizer_step)
 
     def _settle(self, before: int) -> None:
         """All that comes behind a step, the one after step ``before``: evaluation, checkpoint, the end of a run that skips."""
-        every = self._config.checkpoint_steps
-        if every and not self._skipped_in_a_row:
-            self._saver.prepare()
+        if not self._skipped.in_a_row:
+            self._keeping.prepare()
         is_last = self._optimizer_step >= self._num_updates
         is_best = self._evaluate() if self._validation and self._validation.is_due(before, self._step, is_last=is_last) else False
-        if is_best or self._owes_save or (every and self._step // every > before // every):
+        if is_best or self._keeping.is_due(before, self._step):
             self._save(is_last=is_last)
-        if self._skipped_in_a_row >= self._config.max_skipped_steps:
-            self._saver.wait()
+        if self._skipped.are_too_many:
+            self._keeping.wait()
             self._job.wait_for_all()  # rank 0 may still be committing a checkpoint
-            raise UserError(
-                f"the loss or its gradient was not finite in {self._skipped_in_a_row} optimizer steps in a row (--max-skipped-steps), up "
-                f"to step {self._step}; none of them changed the weights. {self._advice()}Lower --lr, lengthen the warm-up, or look at the "
-                "data, and start again from the newest checkpoint"
-            )
+            raise self._skipped.error(self._step, "")
         self._standing = dataclasses.replace(self._standing, settled=self._optimizer_step)
 
     def _part_for_a_replica(self) -> None:
         """Behind a step that all have done: what the returning ranks will begin with, and the others with them."""
-        if self._saved_step != self._step:
+        if self._keeping.saved_step != self._step:
             self._save()
         with self._job.spans.span("waiting for the checkpoint to be written"):
-            self._saver.finish()
+            self._keeping.wait()
         self._job.wait_for_all()
         raise MeetAgain(f"a replica is back and is taken in behind step {self._step}")
 
@@ -382,47 +371,29 @@ class Trainer:
         kept = "" if job.device.type == "cuda" else "; a CPU's allocator keeps what was freed"
         log.info("%s%s", describe(predicted, measured), kept)
 
-    def _say_skipped(self, decision: StepDecision, loss_scale: float) -> None:
-        what = "the loss" if not math.isfinite(decision.loss) else "the gradient"
-        scale = ""
-        if self._config.fp16:
-            now = self._loss_scale.value
-            scale = f"; loss scale {loss_scale:g}{f' -> {now:g}' if now != loss_scale else ''}"
-        log.warning("step %d is skipped on all ranks: %s is not finite%s", self._step, what, scale)
-
-    def _advice(self) -> str:
-        """For a run that skips step after step."""
-        if not self._config.fp16:
-            return ""
-        if self._loss_scale.is_static:
-            return f"--loss-scale {self._loss_scale.value:g} stays: give a smaller one, or leave it out so that it follows the overflows. "
-        if self._loss_scale.is_at_minimum:
-            return f"A loss scale of {self._loss_scale.value:g} goes no lower: use --bf16, which overflows where fp32 does. "
-        lower = "raise --max-skipped-steps, or start again with a smaller --initial-loss-scale"
-        return f"The loss scale has fallen to {self._loss_scale.value:g} and would fall on: {lower}. "
-
     def _save(self, *, is_last: bool = False) -> None:
         probe = self._compute_probe(self._last_feed) if self._config.verify_resume else None
         with self._job.spans.span("saving a checkpoint"):
-            trainer = None
-            if self._desk is not None:
-                trainer = {
-                    "optimizer_step": self._optimizer_step,
-                    "num_skipped": self._num_skipped,
-                    "run_token": self._desk.run_token,
-                    "base_model": self._desk.base_model,
-                    "loss_scale": self._loss_scale.state(),
-                    "data": self._data_position,
-                    "data_identity": self._desk.identity,
-                    "sequences_per_step": sequences_per_step(self._config),
-                    "learning_rate": dataclasses.asdict(self._learning_rate),
-                    "flags": dataclasses.asdict(self._config),
-                    "probe": probe,
-                    "best": None if self._best is None else dataclasses.asdict(self._best),
-                }
-            stall_s = self._saver.save(self._step, self._position, trainer, is_last=is_last, best=self._best)
-        self._save_stall_s += stall_s
-        self._saved_step, self._owes_save = self._step, False
+            self._keeping.save(self._step, self._position, self._trainer_state(probe), is_last=is_last, best=self._best)
+
+    def _trainer_state(self, probe: dict[str, Any] | None) -> dict[str, Any] | None:
+        """On rank 0: what trainer.json says beside what the saver adds."""
+        if self._desk is None:
+            return None
+        return {
+            "optimizer_step": self._optimizer_step,
+            "num_skipped": self._skipped.num,
+            "run_token": self._desk.run_token,
+            "base_model": self._desk.base_model,
+            "loss_scale": self._loss_scale.state(),
+            "data": self._data_position,
+            "data_identity": self._desk.identity,
+            "sequences_per_step": sequences_per_step(self._config),
+            "learning_rate": dataclasses.asdict(self._learning_rate),
+            "flags": dataclasses.asdict(self._config),
+            "probe": probe,
+            "best": None if self._best is None else dataclasses.asdict(self._best),
+        }
 
     def _compute_probe(self, feed: StepFeed | None) -> dict[str, Any] | None:
         """For --verify-resume: loss and gradient norm of the batch with the weights as they are; nothing is updated."""
@@ -449,9 +420,9 @@ class Trainer:
         """The data cannot go on: keep what was learnt, then stop on all ranks with rank 0's reason."""
         if self._profiler is not None:
             self._profiler.finish()
-        if self._step > 0 and self._saved_step != self._step:
+        if self._step > 0 and self._keeping.saved_step != self._step:
             self._save(is_last=True)
-        self._saver.finish()
+        self._keeping.finish()
         reason = self._feed.error
         if reason is None:
             self._job.lifeline.trouble(60.0)  # rank 0 says why, and that ends this process

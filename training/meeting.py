@@ -125,7 +125,7 @@ class Meetings:
         self._refused_s = math.inf if host_returns else REFUSED_S
         lifeline.watch(on_trouble, lambda: self.spans.beat, host_returns=host_returns)
         try:
-            job = self._form(facts, formed["roster"], join_store(tunnel, timeout), lifeline, connections)
+            job = self._form(facts, formed["roster"], join_store(tunnel), lifeline, connections)
             self._number += 1
             self.replica_is_back = (lambda: host.hub.replica_is_back) if host is not None else (lambda: False)
             yield job

@@ -91,12 +91,15 @@ class _Sight:
     problems: list[str] = field(default_factory=list)
 
 
-def find_resume_point(job: Job, root: Path, *, only: str | None, hashes: bool, is_required: bool = True) -> ResumePoint | None:
+def find_resume_point(
+    job: Job, root: Path, *, only: str | None, hashes: bool, is_required: bool = True, label: str = ""
+) -> ResumePoint | None:
     """Called by all ranks: the newest step in ``root`` (or the one named ``only``) that is complete over all ranks; None if there is none.
+    label: another one where the same is asked of another root.
 
     Raises UserError if ``only`` is not there or not complete, or all that is there is unusable; None then too unless ``is_required``.
     """
-    store = dist.PrefixStore(f"resume/{is_required}", job.store)
+    store = dist.PrefixStore(f"resume/{label}/{is_required}", job.store)
     in_sight = all_say(job, store, "steps", step_positions(root))
     refused: list[str] = []
     for name in [only] if only is not None else newest_in_sight(in_sight):

@@ -26,6 +26,7 @@ from training.loop import Trainer
 from training.meeting import Meetings, Return
 from training.plan import agree_on_plan
 from training.report import set_up_logging
+from training.rescue import find_rescue_folders
 from training.standing import Standing, common_ground
 from training.start import agree, claim_folder
 from training.stopping import StopRequest
@@ -47,6 +48,7 @@ class Rounds:
         self._meetings = Meetings(config, goes_on=True, returns=returns)
         self._trainer: Trainer | None = None
         self._folders: Folders | None = None
+        self._rescue: Folders | None = None
         self._held = ExitStack()  # what belongs to the trainer: locks, data files
         self._lost_at = supervised.lost_at if supervised is not None else None  # as time.time()
         self._run_token: str | None = None  # on rank 0: what marks the steps of this run
@@ -82,8 +84,8 @@ class Rounds:
         ground = common_ground(standings)
         if ground is not None and self._trainer is not None and self._folders is not None:
             if len(self._folders_of()) != place.world_size:
-                self._folders = find_folders(job, self._root)
-            self._trainer.go_on(job, ground, self._folders)
+                self._folders, self._rescue = find_folders(job, self._root), find_rescue_folders(job, config)
+            self._trainer.go_on(job, ground, self._folders, self._rescue)
             if place.rank == 0:
                 missing = "" if job.is_whole else f" with {place.dp_size} of {job.num_replicas} replicas"
                 log.info("all ranks have met again%s and go on behind optimizer step %d", missing, ground.optimizer_step)
@@ -119,9 +121,9 @@ class Rounds:
         job.spans.enter_phase("measuring layers and links")
         plan = agree_on_plan(job, config)
         job = dataclasses.replace(job, cut=plan.cut)
-        claim_folder(job, self._root, start, desk)
+        claim_folder(job, config, self._root, start, desk)
         job.spans.enter_phase("loading weights")
-        self._folders = start.folders
+        self._folders, self._rescue = start.folders, start.rescue
         self._trainer = Trainer(job, config, start, desk, plan)
         return True
 

@@ -80,17 +80,25 @@ class Saver:
         options: SaveOptions,
         weights: StepWeights,
         companions: Mapping[str, bytes] | None,
+        name: str = "save",
     ) -> None:
         """Collective over all ranks. weights: of all ranks together. companions: on rank 0, the files that go beside them, by name; None
-        elsewhere."""
+        elsewhere. name: tells the savers of one job apart."""
         self._job, self._folders, self._root, self._stage, self._optimizer, self._options = job, folders, root, stage, optimizer, options
         self._writes, self._keeps = folders.writes(job.place), job.place.rank in folders.keepers
         self._weights = weights
-        self._companions = _share_companions(job, folders, companions)
+        self._companions = _share_companions(job, folders, companions, name)
+        own = job.store.clone()  # type: ignore[attr-defined] # a connection of the writing thread's own
+        self._store = dist.PrefixStore(name, own)
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._work: _StepSave | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this rank keeps a folder."""
+        return self._keeps
 
     def prepare(self) -> None:
         """After an update, where saves will come while training goes on: make room for the first one's copy, once, beside the training."""
@@ -118,7 +126,7 @@ class Saver:
             job=self._job,
             folders=self._folders,
             writer=StepWriter(self._root, step),
-            store=dist.PrefixStore(f"save/{step}/{position}", self._job.store.clone()),  # type: ignore[attr-defined]
+            store=dist.PrefixStore(f"{step}/{position}", self._store),
             layers=layers,
             weights=self._weights,
             position=position,
@@ -340,12 +348,12 @@ class _StepSave:
         )
 
 
-def _share_companions(job: Job, folders: Folders, contents: Mapping[str, bytes] | None) -> Mapping[str, bytes]:
+def _share_companions(job: Job, folders: Folders, contents: Mapping[str, bytes] | None, name: str) -> Mapping[str, bytes]:
     """Called by all ranks: rank 0's ``contents``, which go into every folder of every step; {} on ranks that keep none.
 
     Read once, so that a save depends on no other folder, and every host's part says the same of the model.
     """
-    store = dist.PrefixStore("companions", job.store)
+    store = dist.PrefixStore(f"{name}/companions", job.store)
     if job.place.rank == 0:
         assert contents is not None, "rank 0 has them"
         if len(folders.groups) > 1:

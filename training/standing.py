@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from optim.decide import StepDecision
+from optim.decide import StepDecision, Wishes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Standing:
         """What another rank's as_json() gave."""
         decision = said["decision"]
         if decision is not None:
-            decision = StepDecision(**{**decision, "sums": tuple(decision["sums"])})
+            decision = StepDecision(**{**decision, "wishes": Wishes(**decision["wishes"]), "sums": tuple(decision["sums"])})
         return cls(optimizer_step=said["optimizer_step"], decision=decision, settled=said["settled"])
 
 

@@ -33,6 +33,7 @@ from training.data import OLDER_IDENTITY, TextEncoder, data_identity, load_text_
 from training.flags import flag_name
 from training.folders import Folders, find_folders, remove_tokens
 from training.job import Job, all_say
+from training.rescue import find_rescue, find_rescue_folders, forget_snapshots
 from training.resuming import ResumePoint, check_same_model, find_resume_point, newest_in_sight
 from training.supervise import Supervised
 from training.validation import ValidationData, open_validation
@@ -51,6 +52,8 @@ class Start:
 
     folders: Folders
     point: ResumePoint | None
+    rescue: Folders | None = None  # who sees whose host memory, with --rescue-interval
+    is_rescue: bool = False  # whether ``point`` is a snapshot there
     step: int = 0
     optimizer_step: int = 0
     num_skipped: int = 0
@@ -93,21 +96,28 @@ def agree(job: Job, config: Config, cleanup: ExitStack, *, run_token: str | None
         hosts = [f"rank{'s' * (len(group) > 1)} {', '.join(map(str, group))} on {job.roster[group[0]]['host']}" for group in folders.groups]
         log.info("--checkpoint-path is %d folders: of %s; each keeps the layers of its own ranks", len(hosts), "; of ".join(hosts))
     in_sight = _complete_commits(job, folders, root)
+    rescue = find_rescue_folders(job, config)
     token, is_restart = all_say(
         job, dist.PrefixStore("start", job.store), "run", _run_token(root, run_token) if job.place.rank == 0 else None
     )[0]
     point = _find_point(job, config, root, token, is_restart)
-    start = _counters(config, folders, point)
+    snapshot = None
+    if rescue is not None and (is_restart or config.resume == "auto"):
+        last = (token if is_restart else _last_token(root)) if job.place.rank == 0 else None
+        snapshot = find_rescue(job, config, point, last)
+        point = snapshot or point
+    start = dataclasses.replace(_counters(config, folders, point), rescue=rescue, is_rescue=snapshot is not None)
     if point is not None:
         check_same_model(point, job.model_config)
         check_same_training(config, job.model_config, point.trainer["flags"], point.folder, has_optimizer=point.has_optimizer)
     base = None if start.is_finished else _agree_on_base(job, config, point)
     desk = _open_desk(job, config, start, token, base, cleanup) if job.place.rank == 0 and not start.is_finished else None
+    newer = [] if start.is_rescue else _newer(in_sight, root, point)  # a snapshot is newer than all of them, and came of them
     probe = all_say(job, dist.PrefixStore("start", job.store), "probe", desk.probe if desk is not None else None)[0]
-    return dataclasses.replace(start, probe=probe, newer=tuple(_newer(in_sight, root, point))), desk
+    return dataclasses.replace(start, probe=probe, newer=tuple(newer)), desk
 
 
-def claim_folder(job: Job, root: Path, start: Start, desk: ReadingDesk | None) -> None:
+def claim_folder(job: Job, config: Config, root: Path, start: Start, desk: ReadingDesk | None) -> None:
     """Called by all ranks when nothing can be refused any more: what is newer than the start gets another name, and the run its mark."""
     if job.place.rank in start.folders.keepers:
         for name in start.newer:
@@ -115,6 +125,8 @@ def claim_folder(job: Job, root: Path, start: Start, desk: ReadingDesk | None) -
                 log.warning("%s is newer than the start of this run and is kept as %s", root / name, set_aside(root / name))
     if desk is not None:
         _note_run(root, desk.run_token)
+    if start.rescue is not None:
+        forget_snapshots(job, config, start.rescue, start.point)
     job.wait_for_all()
 
 
@@ -157,6 +169,14 @@ def _run_token(root: Path, known_here: str | None) -> tuple[str, bool]:
         if "token" in known and (same_id or same_agent or same_supervisor):
             return str(known["token"]), True
     return secrets.token_hex(8), False
+
+
+def _last_token(root: Path) -> str | None:
+    """On rank 0: of the run that began last in ``root``."""
+    with contextlib.suppress(UserError):
+        token = read_json_object(root / RUN_FILE).get("token") if (root / RUN_FILE).is_file() else None
+        return token if isinstance(token, str) else None
+    return None
 
 
 def _note_run(root: Path, token: str) -> None:
