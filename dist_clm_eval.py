@@ -20,9 +20,9 @@ try:
     from training.evaluation_config import EvalConfig, parse_eval_config
     from training.evaluation_results import compare, write_results
     from training.exit_status import EXIT_FAILED
-    from training.telling import TELL_FLAGS_S, tell_others
     from training.parsing import parse_meeting_point
     from training.report import set_up_logging
+    from training.telling import TELL_FLAGS_S, tell_others
     from user_error import UserError
 except ModuleNotFoundError as missing:
     raise SystemExit(

@@ -19,6 +19,7 @@ try:
     from comms.links import PeerLost
     from training.entry import train_rank
     from training.exit_status import EXIT_DEFECT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_USAGE
+    from training.limits import explain_out_of_memory
     from training.parsing import parse_config, parse_meeting_point
     from training.report import set_up_logging
     from training.supervise import arrange_supervision
@@ -57,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the newest checkpoint is what a restart resumes from", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BaseException:  # a defect of ours or of a library: shown whole, and the process still ends at once
+    except BaseException as error:  # a defect of ours or of a library: shown whole, and the process still ends at once
         traceback.print_exc()
+        advice = explain_out_of_memory(error)
+        if advice:
+            print(f"error: {advice}", file=sys.stderr)
         return EXIT_DEFECT
     return EXIT_DONE
 

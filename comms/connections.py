@@ -1,7 +1,7 @@
 """The sockets under the process groups, so that a rank which waits in one of them can be woken.
 
-A wait in gloo knows no interruption: abort() of a group leaves it waiting (torch 2.13), and its own time-out is that of the longest save. What
-ends it at once is the end of its connection, as if the peer had died. So the sockets that come into being while groups are made are
+A wait in gloo knows no interruption: abort() of a group leaves it waiting (torch 2.13), and its own time-out is that of the longest save.
+What ends it at once is the end of its connection, as if the peer had died. So the sockets that come into being while groups are made are
 remembered, and break_all() shuts them down. Linux only, as /proc is."""
 
 import contextlib

@@ -26,15 +26,12 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-import psutil
+from collections.abc import Callable, Collection
 
 from comms.gate import Gate
 from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, Session
 from comms.heartbeat import BEAT_S, Beat, Pulse, find_overdue
+from comms.members import Member, Rules, Verdict, is_running
 from comms.roster import Hello, find_problem
 from comms.secret import Secret
 
@@ -43,44 +40,6 @@ log = logging.getLogger("trainer")
 LAST_WORDS_S = 1.0
 SUSPICION_S = 1.0  # from a failed exchange until it counts as a broken link: the death of a rank is known by then
 DEATH_S = 0.5  # from the end of a connection until its process, if it died, is gone from this host's table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What a job puts up with. may_meet_again: a broken link, or a lost rank that a supervisor starts again, ends the meeting and not the
-    job. who_goes_on: of the ranks that are there, those that make a job by themselves, [] if none do. dead: ranks known to be lost when the
-    meeting begins; grace_s: after which others that have not come count as lost too."""
-
-    may_meet_again: bool = False
-    who_goes_on: Callable[[frozenset[int]], list[int]] = lambda present: []
-    dead: frozenset[int] = frozenset()
-    grace_s: float = 0.0
-    is_first_meeting: bool = True
-    peer_timeout_s: float | None = None
-
-
-@dataclass
-class _Member:
-    hello: Hello
-    writer: asyncio.StreamWriter
-    session: Session
-    pulse: Pulse
-    is_done: bool = False
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Small enough for the socket's buffer: asyncio hands it to the kernel at once."""
-        if not self.writer.is_closing():
-            self.writer.write(self.session.seal(message))
-
-
-@dataclass
-class _Verdict:
-    formed: dict[str, Any] | None = None
-    refused: str | None = None
-    restart_helps: bool = False
-    again: str | None = None
-    members: dict[int, _Member] = field(default_factory=dict)
-    waiting: dict[int, _Member] = field(default_factory=dict)  # of replicas without which the job goes on
 
 
 class Hub:
@@ -104,7 +63,7 @@ class Hub:
         self._secret, self._world_size, self._deadline_s = secret, world_size, deadline_s
         self._gate = Gate(secret, store_port, self._serve_rank)
         self._describe, self._rules = describe, rules or Rules()
-        self._verdict = _Verdict(refused=problem)
+        self._verdict = Verdict(refused=problem)
         self._num_others_told, self._deadline_passed, self._grace_passed = 0, False, False
         self._others_told, self._all_done, self._loss_told = threading.Event(), threading.Event(), threading.Event()
         self._replica_is_back = threading.Event()
@@ -202,9 +161,9 @@ class Hub:
             if not self._stop.is_set():
                 await self._gone(member, was_cut)
 
-    def _admit(self, hello: Hello, writer: asyncio.StreamWriter, session: Session) -> _Member | None:
+    def _admit(self, hello: Hello, writer: asyncio.StreamWriter, session: Session) -> Member | None:
         verdict, now = self._verdict, time.monotonic()
-        member = _Member(hello, writer, session, Pulse(came_at=now, moved_at=now))
+        member = Member(hello, writer, session, Pulse(came_at=now, moved_at=now))
         if verdict.again is not None:
             member.send({"again": verdict.again})
             return None
@@ -223,7 +182,7 @@ class Hub:
         self._tell_refusal(member)
         return None
 
-    def _admit_late(self, member: _Member) -> _Member | None:
+    def _admit_late(self, member: Member) -> Member | None:
         """The ranks have met already: a lost one may come back, a broken connection may be made again, and anybody else is too many."""
         hello, members = member.hello, self._verdict.members
         known = members.get(hello.rank)
@@ -244,7 +203,7 @@ class Hub:
         self._wait_to_be_taken_back(member)
         return member
 
-    def _wait_to_be_taken_back(self, member: _Member) -> None:
+    def _wait_to_be_taken_back(self, member: Member) -> None:
         member.send({"wait": "the job goes on without this replica, and takes it back when all its ranks are here"})
         here = {*self._verdict.members, *self._verdict.waiting}
         if len(self._who_goes_on(here)) > len(self._verdict.members):
@@ -275,13 +234,13 @@ class Hub:
         for member in self._verdict.members.values():
             self._tell_refusal(member)
 
-    def _tell_refusal(self, member: _Member) -> None:
+    def _tell_refusal(self, member: Member) -> None:
         member.send({"refused": self._verdict.refused, "restart_helps": self._verdict.restart_helps})
         self._num_others_told += member.hello.rank != 0
         if self._num_others_told >= self._world_size - 1:
             self._others_told.set()
 
-    async def _listen(self, member: _Member, reader: asyncio.StreamReader) -> None:
+    async def _listen(self, member: Member, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
             message = member.session.open(line)
             if "beat" in message:
@@ -298,7 +257,7 @@ class Hub:
                 helps = bool(message.get("restart_helps"))
                 self._lose(member, text, restart_helps=helps, trace=str(message.get("trace") or ""))
 
-    async def _suspect(self, member: _Member, text: str) -> None:
+    async def _suspect(self, member: Member, text: str) -> None:
         """An exchange failed: because somebody died, which is known in a moment, or because a connection broke."""
         await asyncio.sleep(SUSPICION_S)
         if self._is_over:
@@ -309,7 +268,7 @@ class Hub:
         else:
             self._end(member, f"a connection broke; {said}", restart_helps=True)
 
-    async def _gone(self, member: _Member, was_cut: bool) -> None:
+    async def _gone(self, member: Member, was_cut: bool) -> None:
         verdict, rank = self._verdict, member.hello.rank
         if verdict.waiting.get(rank) is member:
             del verdict.waiting[rank]
@@ -337,7 +296,7 @@ class Hub:
             restart_helps=True,
         )
 
-    async def _is_dead(self, member: _Member, was_cut: bool) -> bool:
+    async def _is_dead(self, member: Member, was_cut: bool) -> bool:
         """A process on this host can be looked for. From another one a dying process's kernel says goodbye, and a router that has forgotten
         a connection resets it."""
         if member.hello.host_id != self._verdict.members[0].hello.host_id:
@@ -375,15 +334,15 @@ class Hub:
     def _is_over(self) -> bool:
         return self._verdict.again is not None or self._verdict.refused is not None or self._loss_told.is_set()
 
-    def _name(self, member: _Member) -> str:
+    def _name(self, member: Member) -> str:
         return f"{self._describe(member.hello.rank)} on host {member.hello.host}"
 
-    def _ended(self, member: _Member) -> None:
+    def _ended(self, member: Member) -> None:
         member.is_done = True
         if all(m.is_done for m in self._verdict.members.values()):
             self._all_done.set()
 
-    def _lose(self, member: _Member, text: str, *, restart_helps: bool, trace: str = "") -> None:
+    def _lose(self, member: Member, text: str, *, restart_helps: bool, trace: str = "") -> None:
         """A member will not go on: end the job, or let the others meet without it or wait for it."""
         verdict, rules = self._verdict, self._rules
         if self._is_over:
@@ -399,7 +358,7 @@ class Hub:
         else:
             self._end(member, text, restart_helps=restart_helps, trace=trace)
 
-    def _end(self, source: _Member, text: str, *, restart_helps: bool, trace: str = "") -> None:
+    def _end(self, source: Member, text: str, *, restart_helps: bool, trace: str = "") -> None:
         self._ended(source)
         message = {"lost": source.hello.rank, "text": text, "restart_helps": restart_helps}
         everybody = {**self._verdict.members, **self._verdict.waiting}
@@ -415,11 +374,3 @@ class Hub:
         for _, member in sorted(everybody.items(), reverse=True):
             member.send({"again": text})
         self._loss_told.set()
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process ``pid`` of this host lives; one that has ended and that nobody has waited for does not."""
-    try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.Error:
-        return False

@@ -35,8 +35,8 @@ class _MeetAgain(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Trouble:
-    """What has happened to the job, in a sentence. meets_again: everybody parts and comes again, and it goes on; otherwise the job ends, and
-    restart_helps says whether starting it again with the same command can help. trace: of the exception that ended another rank, ''
+    """What has happened to the job, in a sentence. meets_again: everybody parts and comes again, and it goes on; otherwise the job ends,
+    and restart_helps says whether starting it again with the same command can help. trace: of the exception that ended another rank, ''
     elsewhere than on rank 0."""
 
     text: str
@@ -138,8 +138,8 @@ class Lifeline:
             raise self._foreign() from error
         if session is None:
             raise NotLetIn(
-                f"all ranks of a job share one secret (--secret-file or DIST_SECRET); that of rank 0 at {self._place} is not the one of {who}. "
-                "Copy the same file to every host, and look whether another job or another user listens there"
+                f"all ranks of a job share one secret (--secret-file or DIST_SECRET); that of rank 0 at {self._place} is not the one of "
+                f"{who}. Copy the same file to every host, and look whether another job or another user listens there"
             )
         return session
 

@@ -1,8 +1,8 @@
 """From --dist-url (or torchrun's environment) to a store that all ranks of this job, and only they, use.
 
 Rank 0 binds the one listening socket itself, on the address of the chosen interface: TCPStore left alone would listen on every
-address. --dist-url is the hub's door, and the way to the TCPStore that process groups need (store_tunnel.py). Under torchrun the port in MASTER_PORT is held by its agent, so its store only carries the hub's address,
-under a prefix per restart attempt."""
+address. --dist-url is the hub's door, and the way to the TCPStore that process groups need (store_tunnel.py). Under torchrun the port in
+MASTER_PORT is held by its agent, so its store only carries the hub's address (torchrun_store.py)."""
 
 import errno
 import os

@@ -4,8 +4,8 @@ A family (gptj.py, gptneox.py) is a frozen ModelConfig read strictly from a Hugg
 knows models through this interface alone. Which families there are: families.py.
 """
 
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -101,7 +101,7 @@ def read_numbers(
             wrong.append(f"{key} {value} (a whole number of at most {largest})")
     for key in positives:
         found[key] = value = config.get(key, defaults.get(key))
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             wrong.append(f"{key} {value!r} (a number above 0)")
     if wrong:
         raise UserError(f"config.json of this {family} holds {'; '.join(wrong)}. Fetch the file again from its source")

@@ -80,14 +80,14 @@ def test_linear_and_cosine_are_the_textbook_curves() -> None:
 
 
 def test_warmup_counts_accumulation_steps_and_rounds_up_to_optimizer_steps() -> None:
-    from training.loop import _learning_rate
+    from training.trained import learning_rate_of
 
     config = parse_config([*NEEDED, "--gradient-accumulate-step", "4", "--warmup-steps", "5"], {})
-    assert _learning_rate(config, 3).num_warmup_steps == math.ceil(5 / 4) == 2
+    assert learning_rate_of(config, 3).num_warmup_steps == math.ceil(5 / 4) == 2
     config = parse_config([*NEEDED, "--gradient-accumulate-step", "4", "--warmup-proportion", "0.5"], {})
-    assert _learning_rate(config, 3).num_warmup_steps == 2
+    assert learning_rate_of(config, 3).num_warmup_steps == 2
     config = parse_config([*NEEDED[:-1], "100", "--warmup-proportion", "0.07"], {})
-    assert _learning_rate(config, 100).num_warmup_steps == 7, "not 8, as ceil(0.07 * 100) would be"
+    assert learning_rate_of(config, 100).num_warmup_steps == 7, "not 8, as ceil(0.07 * 100) would be"
 
 
 def test_a_config_file_gives_flags_by_name_and_the_command_line_wins(tmp_path: Path) -> None:

@@ -216,8 +216,8 @@ def _examples(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: each line must be a JSON object, as --output writes them; {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: each line must be a JSON object, as --output writes them; {error}") from error
         if not isinstance(row, dict) or not {"id", "record"} <= set(row):
             raise UserError(f"{path}:{number}: each line must be an object with id and record, as --output writes them")
         yield row

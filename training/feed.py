@@ -39,6 +39,7 @@ class StepFeed:
     state: dict[str, Any] | None
     sha256: str | None
     data_wait_s: float
+    whole: np.ndarray | None = None  # on rank 0: the global batch in the order of the data, (A*R*N, 3, T) int32
 
 
 class TokenFeed:
@@ -104,7 +105,12 @@ class TokenFeed:
                 sends.append((dist.isend(message, dst=rank, group=self._group), message))
         sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
         own = StepFeed(
-            tokens=shares[:: self._place.dp_size].contiguous(), num_targets=num_targets, state=state, sha256=sha256, data_wait_s=wait
+            tokens=shares[:: self._place.dp_size].contiguous(),
+            num_targets=num_targets,
+            state=state,
+            sha256=sha256,
+            whole=tokens,
+            data_wait_s=wait,
         )
 
         def wait_until_sent() -> StepFeed:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import reprlib
 import types
 import typing
 from collections import Counter
@@ -130,7 +131,7 @@ def _argv_of_config_file(argv: Sequence[str], settings: type) -> list[str]:
     if path is None:
         return []
     try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), _OncePerKeyLoader)
+        entries = _OncePerKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise UserError(f"--config must name a readable file; {path}: {error.strerror}") from error
     except (yaml.YAMLError, *_UNEXPLAINED_YAML_ERRORS) as error:
@@ -175,8 +176,9 @@ def _joined(items: list[Any], where: str) -> str:
     """A list in the file as the comma list that it is on the command line. Raises UserError."""
     odd = [item for item in items if isinstance(item, bool) or not isinstance(item, (str, int, float))]
     if odd or not items:
-        kind = f"{odd[0]!r}" if odd and not isinstance(odd[0], (list, dict, set)) else f"a {type(odd[0]).__name__}" if odd else ""
-        seen = f"one of them is {kind} (quote what holds a colon and a space)" if odd else "it is empty"
+        shown = reprlib.Repr()
+        shown.maxlevel = 2  # lists of aliases of lists grow without end
+        seen = f"one of them is {shown.repr(odd[0])} (quote what holds a colon and a space)" if odd else "it is empty"
         raise UserError(f"{where} must be a value, or a list of values as between the commas of the command line; {seen}")
     try:
         return join_items(items)

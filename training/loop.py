@@ -7,30 +7,24 @@ that was asked for."""
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from checkpoint.model_folder import load_weights
-from modules.stage import draw_parameter
 from optim.decide import StepDecision, Wishes
 from optim.loss_scale import LossScale
-from optim.schedule import LearningRate
-from training.assembly import WeightTaker, assemble_stage, import_packages, make_optimizer
-from training.collecting import load_stage_state
+from training.assembly import assemble_stage, import_packages, make_optimizer
+from training.bad_batch import save_bad_batch
 from training.config import Config
-from training.data import drawn_so_far, sequences_per_step, start_reader
+from training.data import sequences_per_step, start_reader
 from training.feed import StepFeed, TokenFeed
 from training.folders import Folders
-from training.gradient import GlobalGradient, wire_report
+from training.gradient import GlobalGradient
 from training.job import Job, MeetAgain
 from training.keeping import Keeping
+from training.limits import Limits
 from training.opening import describe_run
 from training.peak_memory import PeakMemory
 from training.plan import PipelinePlan
@@ -41,8 +35,10 @@ from training.saving import Best
 from training.skipping import SkippedSteps
 from training.standing import CommonGround, Standing
 from training.start import ReadingDesk, Start
+from training.step_row import step_row
 from training.stopping import StopRequest
-from training.tracing import TidyProfiler
+from training.tracing import TidyProfiler, make_profiler
+from training.trained import learning_rate_of, load_trained
 from training.validation import start_validation
 from training.verifying import check_probe, make_probe
 from user_error import UserError
@@ -50,7 +46,7 @@ from user_error import UserError
 log = logging.getLogger("trainer")
 
 MEMORY_AFTER_UPDATES = 10  # by then a stage has needed all that it will
-READER_ENDS_S = 60.0
+READER_ENDS_S = RANK_0_SAYS_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +68,7 @@ class Trainer:
     replica_is_back: Callable[[], bool] = staticmethod(lambda: False)
     on_step: Callable[[int], None] = staticmethod(lambda optimizer_step: None)
 
-    def __init__(self, job: Job, config: Config, start: Start, desk: ReadingDesk | None, plan: PipelinePlan) -> None:
+    def __init__(self, job: Job, config: Config, start: Start, desk: ReadingDesk | None, plan: PipelinePlan, limits: Limits) -> None:
         """Collective over all ranks."""
         assert config.checkpoint_path is not None and config.total_steps is not None, "parse_config requires them"
         self._config, self._desk, self._plan = config, desk, plan
@@ -88,10 +84,10 @@ class Trainer:
         self._stage = assemble_stage(config, job.model_config, job.cut[job.place.pp], job.device, precision)
         self._optimizer = make_optimizer(config, self._stage, precision)
         self._loss_scale = LossScale(precision.loss_scale)
-        self._load(job, start)
+        load_trained(job, config, start, self._stage, self._optimizer, self._loss_scale)
         self._skipped = SkippedSteps(start.num_skipped, self._loss_scale, is_fp16=config.fp16, most_in_a_row=config.max_skipped_steps)
         check_replicas_alike(job, self._stage)
-        self._learning_rate = _learning_rate(config, self._num_updates)
+        self._learning_rate = learning_rate_of(config, self._num_updates)
         saved_best = start.point.trainer.get("best") if start.point is not None else None
         self._best = Best(**saved_best) if config.keep_best and saved_best and "data" in saved_best else None
         self._probe = start.probe
@@ -101,12 +97,13 @@ class Trainer:
         saved_step = start.step if start.point is not None and not start.is_rescue else None
         self._keeping = Keeping(config, self._stage, self._optimizer, saved_step)
         self._is_described = False
+        self._limits = limits
         self._standing = Standing(optimizer_step=self._optimizer_step, decision=None, settled=self._optimizer_step)
         self._open_step: _OpenStep | None = None
         self._profiler: TidyProfiler | None = None
         self._connect(job, start.folders, start.rescue)
         if config.profiling == "tidy_profiling":
-            self._profiler = self._make_profiler()
+            self._profiler = make_profiler(job, config, self._num_updates - self._optimizer_step)
         self._report = Report(
             place=job.place, folder=self._root, first_step=start.step, total_steps=config.total_steps, logging_steps=config.logging_steps
         )
@@ -202,7 +199,7 @@ class Trainer:
         with self._job.spans.span("waiting for the checkpoint to be written"):
             self._keeping.finish()
         if self._optimizer_step < self._num_updates and self._job.place.rank == 0:
-            asked = stop_request.name or "a signal on another rank"
+            asked = stop_request.name or self._limits.reason() or "what another rank's log says"
             log.info("stopped by %s at step %d, which is saved; the same command goes on from there", asked, self._step)
 
     def close(self) -> None:
@@ -216,41 +213,6 @@ class Trainer:
             self._validation.close()
         if self._reader is not None:
             self._reader.close(READER_ENDS_S)
-
-    def _make_profiler(self) -> TidyProfiler:
-        job, config = self._job, self._config
-        return TidyProfiler(
-            place=job.place,
-            device=job.device,
-            spans=job.spans,
-            store=job.store,
-            path=config.trace_file,
-            num_steps=config.profiling_steps,
-            num_steps_to_come=self._num_updates - self._optimizer_step,
-            about={
-                "schedule": config.pp_mode,
-                "micro-batches": config.batch_size // config.micro_batch_size,
-                "accumulation": config.gradient_accumulate_step,
-                "device": job.device.type,
-                "transport": job.backend,
-            },
-        )
-
-    def _load(self, job: Job, start: Start) -> None:
-        taker = WeightTaker(self._stage, self._optimizer)
-        is_whole_in_checkpoint = start.point is not None and self._config.train == "all"
-        if not is_whole_in_checkpoint and self._config.load_pretrained_model:
-            load_weights(job.model, taker.shapes, taker.take)
-        elif not is_whole_in_checkpoint:
-            for name, shape in taker.shapes.items():
-                values = torch.empty(shape, dtype=torch.float32)
-                draw_parameter(values, name, job.model_config, self._config.seed)
-                taker.take(name, values)
-        if start.point is not None:
-            load_stage_state(job, start.point, self._stage, self._optimizer, self._root)
-            self._loss_scale.load(start.point.trainer["loss_scale"])
-            if self._config.fp16 and job.place.rank == 0:
-                log.info("the loss scale goes on at %g", self._loss_scale.value)
 
     def _one_step(self, feed: StepFeed, started: float, stop_request: StopRequest) -> StepDecision:
         before = self._step
@@ -266,7 +228,7 @@ class Trainer:
             step=self._optimizer_step + 1,
             loss_scale=step.loss_scale,
             wishes=Wishes(
-                stop=stop_request.name is not None,
+                stop=stop_request.name is not None or self._limits.reason() is not None,
                 meet=self.replica_is_back(),
                 snapshot=self._job.place.rank == 0 and self._keeping.wants_snapshot,
             ),
@@ -298,28 +260,18 @@ class Trainer:
         self._skipped.count(decision)
         self._data_before, self._data_position = self._data_position, feed.state
         self._last_feed = feed
-        num_tokens = sequences_per_step(self._config) * self._config.seq_length
-        wire, seconds = wire_report(decision), time.perf_counter() - step.started
         self._report.row(
-            {
-                "step": self._step,
-                "optimizer_step": self._optimizer_step,
-                "loss": decision.loss if math.isfinite(decision.loss) else None,
-                "lr": step.learning_rate,
-                "grad_norm": decision.grad_norm if math.isfinite(decision.grad_norm) else None,
-                "tokens": num_tokens,
-                "target_tokens": feed.num_targets,
-                "tokens_per_s": num_tokens / seconds,
-                "data_wait_s": feed.data_wait_s,
-                "data_wait_share": feed.data_wait_s / max(seconds, feed.data_wait_s),
-                **drawn_so_far(feed.state),
-                "save_stall_s": self._keeping.pop_stall_s(),
-                "wire_bytes": wire.num_bytes,
-                "wire_error": wire.activation_error,
-                "wire_error_grad": wire.gradient_error,
-                "loss_scale": step.loss_scale,
-                "skipped": decision.skip,
-            }
+            step_row(
+                self._config,
+                decision,
+                feed,
+                step=self._step,
+                optimizer_step=self._optimizer_step,
+                learning_rate=step.learning_rate,
+                loss_scale=step.loss_scale,
+                seconds=time.perf_counter() - step.started,
+                save_stall_s=self._keeping.pop_stall_s(),
+            )
         )
         self._num_updates_here += 1
         if self._num_updates_here == MEMORY_AFTER_UPDATES and self._job.place.dp == 0:
@@ -339,8 +291,20 @@ class Trainer:
         if self._skipped.are_too_many:
             self._keeping.wait()
             self._job.wait_for_all()  # rank 0 may still be committing a checkpoint
-            raise self._skipped.error(self._step, "")
+            if self._job.place.rank > 0:
+                self._job.lifeline.trouble(RANK_0_SAYS_S)  # rank 0 says why, and that ends this process
+            raise self._skipped.error(self._step, self._keep_bad_batch())
         self._standing = dataclasses.replace(self._standing, settled=self._optimizer_step)
+
+    def _keep_bad_batch(self) -> str:
+        """On rank 0, where the step that ends the run was not finite: its batch, for inspection; a sentence that says where."""
+        feed = self._last_feed
+        if self._desk is None or feed is None or feed.whole is None:
+            return ""
+        try:
+            return f"The last batch is kept in {save_bad_batch(self._root, self._step, feed.whole, self._desk.encoder.encoder.decode)}. "
+        except UserError as error:  # what ends the run is worth more than the reason why its batch is not kept
+            return f"The last batch could not be kept: {str(error).rstrip('.')}. "
 
     def _part_for_a_replica(self) -> None:
         """Behind a step that all have done: what the returning ranks will begin with, and the others with them."""
@@ -425,16 +389,7 @@ class Trainer:
         self._keeping.finish()
         reason = self._feed.error
         if reason is None:
-            self._job.lifeline.trouble(60.0)  # rank 0 says why, and that ends this process
+            self._job.lifeline.trouble(RANK_0_SAYS_S)  # rank 0 says why, and that ends this process
             reason = UserError("rank 0 ended the data; see its output")
         kept = f". Everything up to step {self._step} is saved" if self._step > 0 else ""
         raise UserError(f"{str(reason).rstrip('.')}{kept}")
-
-
-def _learning_rate(config: Config, num_updates: int) -> LearningRate:
-    assert config.total_steps is not None, "parse_config requires it"
-    warmup_steps = Fraction(config.warmup_steps or 0)
-    if config.warmup_proportion is not None:
-        warmup_steps = Fraction(str(config.warmup_proportion)) * config.total_steps  # 0.07 of 100 is 7, not 7.000000000000001
-    num_warmup = math.ceil(warmup_steps / config.gradient_accumulate_step)
-    return LearningRate(peak=config.lr, minimum=config.min_lr, num_warmup_steps=num_warmup, num_steps=num_updates, curve=config.lr_schedule)

@@ -36,6 +36,7 @@ from training.allocator import keep_freed_memory
 from training.config import Config
 from training.exit_status import EXIT_FAILED, EXIT_PEER_LOST
 from training.job import COLLECTIVE_TIMEOUT, Job, MeetAgain
+from training.limits import explain_out_of_memory
 from training.local_facts import LocalFacts, look_around
 from training.telling import TELL_OTHERS_S, find_door, linger, make_hello, secret_of, tell_others
 from user_error import UserError
@@ -257,7 +258,10 @@ def _leave_groups() -> None:
 def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "it was interrupted (Ctrl-C)"
-    return str(error) if isinstance(error, (UserError, PeerLost)) else f"{type(error).__name__}: {error}"
+    if isinstance(error, (UserError, PeerLost)):
+        return str(error)
+    advice = explain_out_of_memory(error)
+    return f"{type(error).__name__}: {error}" + (f". {advice[0].upper()}{advice[1:]}" if advice else "")
 
 
 def end_process(facts: LocalFacts, spans: Spans, trouble: Trouble) -> None:

@@ -25,6 +25,7 @@ AnyConfig = TypeVar("AnyConfig", bound=JobConfig)
 _AT_LEAST_ZERO = (
     *("warmup_steps", "checkpoint_steps", "keep_checkpoints", "cuda_id"),
     *("evaluation_steps", "evaluation_num_batch", "show_samples"),
+    *("max_restarts", "rescue_interval", "min_free_memory"),
     *("lr", "min_lr", "weight_decay", "clip_grad_norm", "seed"),
 )
 _AT_LEAST_ONE = (
@@ -144,6 +145,10 @@ def out_of_range(config: JobConfig, at_least_zero: Sequence[str], at_least_one: 
         value = getattr(config, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             problems.append(f"{flag_name(name)} must be 0 or more; it is {value}")
+    if not re.fullmatch(r"auto|[0-9]+(\.[0-9]+)?", config.peer_timeout) or (
+        config.peer_timeout != "auto" and float(config.peer_timeout) < 1
+    ):
+        problems.append(f"--peer-timeout must be auto or a number of seconds from 1; it is {config.peer_timeout!r}")
     if not (config.rendezvous_timeout > 0 and math.isfinite(config.rendezvous_timeout)):
         problems.append(f"--rendezvous-timeout must be above 0 seconds; it is {config.rendezvous_timeout}")
     return problems
@@ -153,6 +158,10 @@ def _out_of_range(config: Config) -> list[str]:
     problems = out_of_range(config, _AT_LEAST_ZERO, _AT_LEAST_ONE)
     if not re.fullmatch(r"auto|[0-9]{1,4}", config.extra_warmup_forwards):
         problems.append(f"--extra-warmup-forwards must be auto or a whole number of 0 .. 9999; it is {config.extra_warmup_forwards!r}")
+    if config.max_seconds is not None and not (config.max_seconds > 0 and math.isfinite(config.max_seconds)):
+        problems.append(f"--max-seconds must be above 0; it is {config.max_seconds}")
+    if config.allow_replica_loss and (config.data_group_size or 1) < 2:
+        problems.append(f"--allow-replica-loss needs replicas (--data-group-size) to go on with; there is {config.data_group_size or 1}")
     if not config.resume.strip():
         problems.append("--resume must be auto, none, a step's number or the folder of a checkpoint; it is empty")
     if config.memory_limit is not None and not 0 < config.memory_limit <= 2**20:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import torch.distributed as dist
@@ -38,6 +39,11 @@ def find_rescue_folders(job: Job, config: Config) -> Folders | None:
     assert config.checkpoint_path is not None, "parse_config requires it"
     root = rescue_folder(config.checkpoint_path)
     root.parent.mkdir(mode=0o700, exist_ok=True)
+    status = root.parent.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or not stat.S_ISDIR(status.st_mode):
+        raise UserError(
+            f"--rescue-interval needs {root.parent} to be a folder that only this user can read and write. Remove what is there"
+        )
     folders = find_folders(job, root, label="rescue folders")
     if job.place.rank in folders.keepers:
         remove_partials(root)

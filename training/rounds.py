@@ -22,6 +22,7 @@ from training.config import Config
 from training.epochs import with_total_steps
 from training.folders import Folders, find_folders
 from training.job import Job, MeetAgain, all_say
+from training.limits import Limits
 from training.loop import Trainer
 from training.meeting import Meetings, Return
 from training.plan import agree_on_plan
@@ -51,6 +52,7 @@ class Rounds:
         self._rescue: Folders | None = None
         self._held = ExitStack()  # what belongs to the trainer: locks, data files
         self._lost_at = supervised.lost_at if supervised is not None else None  # as time.time()
+        self._limits = Limits(max_seconds=config.max_seconds, min_free_memory=config.min_free_memory)
         self._run_token: str | None = None  # on rank 0: what marks the steps of this run
         self._num_replays = 0
 
@@ -124,7 +126,7 @@ class Rounds:
         claim_folder(job, config, self._root, start, desk)
         job.spans.enter_phase("loading weights")
         self._folders, self._rescue = start.folders, start.rescue
-        self._trainer = Trainer(job, config, start, desk, plan)
+        self._trainer = Trainer(job, config, start, desk, plan, self._limits)
         return True
 
     def _on_step(self, optimizer_step: int) -> None:

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import threading
 import time
 import traceback
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint.layer_store import StepWeights, StepWriter, remove_old_steps
-from checkpoint.tensor_file import FileRecord
+from checkpoint.tensor_file import FileRecord, TensorSource, explained_disk_errors
 from modules.stage import Stage
 from optim.build import AdamW
 from training.folders import Folders
@@ -40,6 +41,7 @@ from user_error import UserError
 log = logging.getLogger("trainer")
 
 BEST_FILE = "best.json"
+ROOM_BYTES = 2**20  # for headers, index and manifest
 STORE_PIECE_CHARS = 2**20  # a store takes no values of many MB
 
 
@@ -232,8 +234,10 @@ class _StepSave:
         if place.rank == 0:
             self.store.set("trainer", json.dumps(self.trainer))
         is_keeper = place.rank in self.folders.keepers
+        if self.folders.writes(place):
+            self.store.set(f"bytes/{place.rank}", str(self._num_bytes))
         if is_keeper:
-            self._part("begun", self.writer.begin)
+            self._part("begun", self._begin)
         if self.folders.writes(place):
             self._part("wrote", self._write)
         if not is_keeper:
@@ -315,6 +319,30 @@ class _StepSave:
     @property
     def _host(self) -> str:
         return str(self.job.roster[self.job.place.rank]["host"])
+
+    @property
+    def _num_bytes(self) -> int:
+        """Of the files that this rank will write."""
+        dtypes = {name: spec.dtype for name, spec in self.weights.specs.items()}
+        sources = [TensorSource.of(name, t, dtypes[name]) for layer in self.layers.values() for name, t in layer.weights.items()]
+        sources += [TensorSource.of(name, t) for layer in self.layers.values() for name, t in layer.train_state.items()]
+        return sum(source.num_bytes for source in sources)
+
+    def _begin(self) -> None:
+        """The keeper, before anybody writes into its folder: is there room for what all of them will?"""
+        own = self.folders.of(self.job.place.rank)
+        keys = [f"bytes/{rank}" for rank in self.folders.writers(self.job.place) if rank in own]
+        if keys:
+            self.store.wait(keys, COLLECTIVE_TIMEOUT)
+        needed = sum(int(self.store.get(key)) for key in keys) + sum(map(len, self.companions.values())) + ROOM_BYTES
+        with explained_disk_errors(self.writer.root):
+            free = shutil.disk_usage(self.writer.root).free
+        if free < needed:
+            raise UserError(
+                f"a checkpoint needs {tqdm.format_sizeof(needed, 'B')} in {self.writer.root}, where {tqdm.format_sizeof(free, 'B')} are free. "
+                "Make room, let --keep-checkpoints delete old ones, or use another --checkpoint-path"
+            )
+        self.writer.begin()
 
     def _write(self) -> list[dict[str, Any]]:
         self._outcomes("begun", [self.folders.keeper(self.job.place.rank)])

@@ -63,7 +63,7 @@ def read_trace(path: Path) -> Trace:
         content = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{rule}; {path}: {error.strerror}. Give the path that the training printed") from error
-    except ValueError as error:  # not JSON, not even text
+    except (ValueError, RecursionError) as error:  # not JSON, not even text
         raise UserError(f"{rule}; {path} is no JSON ({error}). Give the path that the training printed") from error
     about = content.get("otherData") if isinstance(content, dict) else None
     found = about.get("format") if isinstance(about, dict) else None

@@ -27,7 +27,8 @@ from checkpoint.tensor_file import explained_disk_errors
 from comms.clocks import NS, ClockOffset, offset_to_rank_0, on_rank_0
 from comms.place import Place
 from comms.spans import CATEGORIES, OTHER, Span, Spans
-from training.job import COLLECTIVE_TIMEOUT
+from training.config import Config
+from training.job import COLLECTIVE_TIMEOUT, Job
 from training.timeline import TRACE_FORMAT, is_trace
 from user_error import UserError
 
@@ -132,6 +133,26 @@ class RankTrace:
     clock_offset_s: float
     clock_uncertainty_s: float
     cost: RecordingCost
+
+
+def make_profiler(job: Job, config: Config, num_steps_to_come: int) -> "TidyProfiler":
+    """For --profiling tidy_profiling. num_steps_to_come: optimizer steps of the run from here on."""
+    return TidyProfiler(
+        place=job.place,
+        device=job.device,
+        spans=job.spans,
+        store=job.store,
+        path=config.trace_file,
+        num_steps=config.profiling_steps,
+        num_steps_to_come=num_steps_to_come,
+        about={
+            "schedule": config.pp_mode,
+            "micro-batches": config.batch_size // config.micro_batch_size,
+            "accumulation": config.gradient_accumulate_step,
+            "device": job.device.type,
+            "transport": job.backend,
+        },
+    )
 
 
 def span_cost_s(num_batches: int = 9, batch_size: int = 1000) -> float:

@@ -1,0 +1,63 @@
+"""What the hub keeps of a meeting: its rules, who is there, and what came of it so far."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from comms.handshake import Session
+from comms.heartbeat import Pulse
+from comms.roster import Hello
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a job puts up with. may_meet_again: a broken link, or a lost rank that a supervisor starts again, ends the meeting and not the
+    job. who_goes_on: of the ranks that are there, those that make a job by themselves, [] if none do. dead: ranks known to be lost when the
+    meeting begins; grace_s: after which others that have not come count as lost too."""
+
+    may_meet_again: bool = False
+    who_goes_on: Callable[[frozenset[int]], list[int]] = lambda present: []
+    dead: frozenset[int] = frozenset()
+    grace_s: float = 0.0
+    is_first_meeting: bool = True
+    peer_timeout_s: float | None = None
+
+
+@dataclass
+class Member:
+    """A rank that was let in, and its connection."""
+
+    hello: Hello
+    writer: asyncio.StreamWriter
+    session: Session
+    pulse: Pulse
+    is_done: bool = False
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Small enough for the socket's buffer: asyncio hands it to the kernel at once."""
+        if not self.writer.is_closing():
+            self.writer.write(self.session.seal(message))
+
+
+@dataclass
+class Verdict:
+    """What has become of the meeting so far. members: those that make the job, once it has formed; waiting: of replicas without which it
+    goes on."""
+
+    formed: dict[str, Any] | None = None
+    refused: str | None = None
+    restart_helps: bool = False
+    again: str | None = None
+    members: dict[int, Member] = field(default_factory=dict)
+    waiting: dict[int, Member] = field(default_factory=dict)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process ``pid`` of this host lives; one that has ended and that nobody has waited for does not."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
