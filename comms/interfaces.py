@@ -86,8 +86,9 @@ def check_not_public(interface: Interface, *, allowed: bool) -> None:
         return
     raise UserError(
         f"the ranks must meet over a private network; {interface.name} has the public address {interface.address}, where anybody can "
-        "connect to the ports that gloo and NCCL open, and can read what is sent, since neither authenticates or encrypts. Make a tunnel with "
-        "python -m comms.wireguard (docs/security.md) and pass --net-interface wg0, or, if that is what you want, --allow-public-interface"
+        "connect to the ports that gloo and NCCL open, and can read what is sent, since neither authenticates or encrypts. Make a tunnel "
+        "with python -m comms.wireguard (docs/security.md) and pass --net-interface wg0, or, if that is what you want, "
+        "--allow-public-interface"
     )
 
 

@@ -16,9 +16,9 @@ PREFIX = "bad_batch_step_"
 
 
 def save_bad_batch(root: Path, step: int, tokens: np.ndarray, decode: Callable[[Sequence[int]], str]) -> Path:
-    """On rank 0. tokens: (N, 3, T) int32, the whole global batch: ids, positions, targets. Returns the folder in ``root``: batch.safetensors
-    with the three planes, (N, T) each, and batch.jsonl with every sequence's text and number of targets. One of an earlier attempt at the
-    same step is replaced. Raises UserError where the disk does not take it."""
+    """On rank 0. tokens: (N, 3, T) int32, the whole global batch: ids, positions, targets. Returns the folder in ``root``:
+    batch.safetensors with the three planes, (N, T) each, and batch.jsonl with every sequence's text and number of targets. One of an
+    earlier attempt at the same step is replaced. Raises UserError where the disk does not take it."""
     folder, partial = root / f"{PREFIX}{step}", root / f".{PREFIX}{step}.partial"
     with explained_disk_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)

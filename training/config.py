@@ -219,15 +219,15 @@ class Config(ReadingConfig):
 
     max_restarts: int = flag(
         0,
-        "restarts of this worker by a supervisor of its own when it, or a rank that it needs, is lost; the others wait for it, and all go on "
-        "from the newest checkpoint; 0: none",
+        "restarts of this worker by a supervisor of its own when it, or a rank that it needs, is lost; the others wait for it, and all go "
+        "on from the newest checkpoint; 0: none",
         group=FAILURES,
     )
     supervise: bool = flag(False, "the same without a limit", group=FAILURES)
     rescue_interval: float = flag(
         0.0,
-        "seconds between snapshots of every stage in the memory of its host, from which a restart goes on; the replicas of a stage on several "
-        "hosts make it outlive a host, one replica alone only the process; 0: none",
+        "seconds between snapshots of every stage in the memory of its host, from which a restart goes on; the replicas of a stage on "
+        "several hosts make it outlive a host, one replica alone only the process; 0: none",
         group=FAILURES,
     )
     allow_replica_loss: bool = flag(

@@ -40,8 +40,8 @@ class Limits:
     def _look_at_memory(self, free: int) -> None:
         if free < self._min_free:
             self._short = (
-                f"want of memory: {free / GIB:.2f} GiB of this host's are free (--min-free-memory {self._min_free / GIB:g}); before the kernel "
-                "would have killed a process"
+                f"want of memory: {free / GIB:.2f} GiB of this host's are free (--min-free-memory {self._min_free / GIB:g}); before the "
+                "kernel would have killed a process"
             )
             log.error("%s", f"all ranks stop behind this step for {self._short}")
         elif free < 2 * self._min_free and not self._has_warned:

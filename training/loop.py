@@ -146,8 +146,8 @@ class Trainer:
         return self._standing
 
     def go_on(self, job: Job, ground: CommonGround, folders: Folders, rescue: Folders | None) -> None:
-        """Collective over all ranks, in a new meeting: make up for the step that this rank alone may have missed, and connect anew. Weights and
-        optimizer are what they were."""
+        """Collective over all ranks, in a new meeting: make up for the step that this rank alone may have missed, and connect anew.
+        Weights and optimizer are what they were."""
         job = dataclasses.replace(job, cut=self._plan.cut)
         self._job = job
         if self._optimizer_step < ground.optimizer_step:

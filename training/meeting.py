@@ -68,7 +68,8 @@ class Return:
 
 
 class Meetings:
-    """All meetings of one process in one job. goes_on: whether a broken link or a lost rank may end in another meeting; else the job ends."""
+    """All meetings of one process in one job. goes_on: whether a broken link or a lost rank may end in another meeting; else the job
+    ends."""
 
     def __init__(self, config: Config, *, goes_on: bool, returns: Return | None = None) -> None:
         self._config, self._returns = config, returns or Return()
@@ -85,8 +86,8 @@ class Meetings:
 
     @contextlib.contextmanager
     def meet(self) -> Iterator[Job]:
-        """Collective over all ranks: the job, formed. On leaving the block without an error the ranks part for good; with one, the others are
-        told, unless the error came of a trouble after which all meet again: then MeetAgain is raised instead.
+        """Collective over all ranks: the job, formed. On leaving the block without an error the ranks part for good; with one, the others
+        are told, unless the error came of a trouble after which all meet again: then MeetAgain is raised instead.
 
         Raises UserError: this rank's own problem, or what the hub says of another's.
         """

@@ -143,6 +143,6 @@ class Rounds:
         self._num_replays += 1
         if self._num_replays > MOST_REPLAYS:
             raise UserError(
-                f"the ranks have met {self._num_replays} times and did not get through a single optimizer step in between; last: {again}. See "
-                "what stands between their hosts, and start the job again: it resumes from its newest checkpoint"
+                f"the ranks have met {self._num_replays} times and did not get through a single optimizer step in between; last: {again}. "
+                "See what stands between their hosts, and start the job again: it resumes from its newest checkpoint"
             ) from again

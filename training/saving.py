@@ -339,8 +339,8 @@ class _StepSave:
             free = shutil.disk_usage(self.writer.root).free
         if free < needed:
             raise UserError(
-                f"a checkpoint needs {tqdm.format_sizeof(needed, 'B')} in {self.writer.root}, where {tqdm.format_sizeof(free, 'B')} are free. "
-                "Make room, let --keep-checkpoints delete old ones, or use another --checkpoint-path"
+                f"a checkpoint needs {tqdm.format_sizeof(needed, 'B')} in {self.writer.root}, where {tqdm.format_sizeof(free, 'B')} are "
+                "free. Make room, let --keep-checkpoints delete old ones, or use another --checkpoint-path"
             )
         self.writer.begin()
 

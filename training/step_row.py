@@ -22,8 +22,8 @@ def step_row(
     seconds: float,
     save_stall_s: float,
 ) -> dict[str, Any]:
-    """Numbers that are not finite are None, as JSON has none of them. feed: rank 0's, with the state of the data; seconds: from the wait for
-    data to the update; save_stall_s: that the training stood still for saves since the step before."""
+    """Numbers that are not finite are None, as JSON has none of them. feed: rank 0's, with the state of the data; seconds: from the wait
+    for data to the update; save_stall_s: that the training stood still for saves since the step before."""
     num_tokens = sequences_per_step(config) * config.seq_length
     wire = wire_report(decision)
     return {

@@ -32,8 +32,8 @@ class StopRequest:
         return self
 
     def listen(self) -> None:
-        """Training begins, or goes on: there is something to save. On another thread than the main one, as in a notebook's helper, nothing is done:
-        signals are not ours to take there."""
+        """Training begins, or goes on: there is something to save. On another thread than the main one, as in a notebook's helper, nothing
+        is done: signals are not ours to take there."""
         if threading.current_thread() is not threading.main_thread() or self._previous:
             return
         self._ours, theirs = socket.socketpair()

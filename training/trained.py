@@ -1,4 +1,5 @@
-"""What a run begins with: weights from the model, a checkpoint or a generator, the optimizer's state, and the curve of the learning rate."""
+"""What a run begins with: weights from the model, a checkpoint or a generator, the optimizer's state, and the curve of the learning
+rate."""
 
 import logging
 import math
