@@ -11,7 +11,7 @@ from typing import Any
 BEAT_S = 0.5
 SILENT_S = 15.0  # auto: without a sign of life
 FIRST_STEP_S = 1800.0  # auto: without progress while no step has ended yet, so nobody knows how long one takes
-STUCK_S = 60.0  # auto: without progress, at least
+STUCK_S = 300.0  # auto: without progress, at least: a slow disk or a slow download is no hang
 STEPS_WITHOUT_PROGRESS = 10
 
 

@@ -135,7 +135,8 @@ class Hub:
             missing = [self._describe(rank) for rank in range(self._world_size) if rank not in self._verdict.members]
             strangers = f". Not let in, for want of the job's secret: {self._gate.last_refused}" if self._gate.last_refused else ""
             self._refuse(
-                f"all {self._world_size} ranks must arrive within {self._deadline_s:.0f} s (--rendezvous-timeout); missing: "
+                f"all {self._world_size} ranks must arrive within {self._deadline_s:.0f} s "
+                f"({'--rendezvous-timeout' if self._rules.is_first_meeting else 'to meet again'}); missing: "
                 f"{', '.join(missing)}{strangers}. Start them with the same --dist-url, or see what stopped them",
                 restart_helps=True,
             )

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from comms.interfaces import Interface, list_interfaces
+from comms.torchrun_store import TorchrunStore
 from user_error import UserError
 
 DEFAULT_DIST_URL = "tcp://127.0.0.1:9000"
@@ -46,7 +47,7 @@ def door_of_torchrun(environment: Mapping[str, str] = os.environ) -> Door | None
         return None
     prefix = None
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        prefix = f"trainer/{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        prefix = f"trainer/{environment.get('TORCHELASTIC_RUN_ID', '')}"
     if not environment["MASTER_PORT"].isdigit():
         raise UserError(
             f"MASTER_PORT of the environment must be a port number; it is {environment['MASTER_PORT']!r}. Set it right or pass --dist-url"
@@ -54,10 +55,11 @@ def door_of_torchrun(environment: Mapping[str, str] = os.environ) -> Door | None
     return Door(host=environment["MASTER_ADDR"], port=int(environment["MASTER_PORT"]), agent_prefix=prefix)
 
 
-def agent_store(door: Door, timeout: timedelta) -> dist.Store:
-    """A client of torchrun's store, seeing only the keys of this restart attempt."""
-    assert door.agent_prefix is not None, "only torchrun has an agent"
-    return dist.PrefixStore(door.agent_prefix, dist.TCPStore(door.host, door.port, is_master=False, timeout=timeout))
+def agent_store(door: Door, timeout: timedelta) -> TorchrunStore:
+    """torchrun's store, in which ranks find rank 0."""
+    prefix = door.agent_prefix
+    assert prefix is not None, "only torchrun has an agent"
+    return TorchrunStore(lambda: dist.PrefixStore(prefix, dist.TCPStore(door.host, door.port, is_master=False, timeout=timeout)))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -53,7 +53,7 @@ class JobConfig:
     peer_timeout: str = flag(
         "auto",
         "seconds without a sign of life, or without any progress inside a step, after which a rank is taken for lost; auto: 15 without a "
-        "sign, and ten of the longest steps so far (a minute at least) without progress",
+        "sign, and ten of the longest steps so far (five minutes at least) without progress",
         group=MEETING,
     )
     secret_file: str | None = flag(

@@ -82,6 +82,7 @@ class Meetings:
         self._dead: frozenset[int] = frozenset()
         self._number = 0
         self._refused_s = math.inf
+        self._deadline_s = config.rendezvous_timeout  # of the next meeting
         self.replica_is_back: Callable[[], bool] = lambda: False  # on rank 0: whether one is waiting to be taken back
 
     @contextlib.contextmanager
@@ -106,7 +107,7 @@ class Meetings:
             raise
         door = host.door if host is not None else find_door(config.door, timeout)
         address = (door.host, door.port)
-        lifeline = Lifeline(address, self._secret, deadline_s=config.rendezvous_timeout, peer_timeout_s=config.peer_timeout_s)
+        lifeline = Lifeline(address, self._secret, deadline_s=self._deadline_s, peer_timeout_s=config.peer_timeout_s)
         hello = make_hello(config, facts, problem=None, comes_back=self._returns.comes_back, attempt=self._returns.attempt)
         try:
             formed = lifeline.join(hello, on_wait=lambda text: log.info("%s", text), refused_s=self._refused_s)
@@ -125,6 +126,8 @@ class Meetings:
 
         host_returns = self._goes_on and (bool(formed["host_comes_back"]) or config.allow_replica_loss)
         self._refused_s = math.inf if host_returns else REFUSED_S
+        if not any(entry["comes_back"] for entry in formed["roster"]) and not config.allow_replica_loss:
+            self._deadline_s = min(config.rendezvous_timeout, self._link_back_s)  # nobody will be started anew
         lifeline.watch(on_trouble, lambda: self.spans.beat, host_returns=host_returns)
         try:
             job = self._form(facts, formed["roster"], join_store(tunnel), lifeline, connections)
@@ -182,7 +185,7 @@ class Meetings:
             listener,
             secret=self._secret,
             world_size=facts.place.world_size,
-            deadline_s=config.rendezvous_timeout,
+            deadline_s=self._deadline_s,
             store_port=store.port,
             describe=lambda rank: facts.place.at(rank).in_words,
             rules=self._rules(facts),
@@ -196,6 +199,11 @@ class Meetings:
                 ) from error
         return _Host(door=Door(host=address, port=self._port), hub=hub, store=store)
 
+    @property
+    def _link_back_s(self) -> float:
+        """For ranks that live to come to another meeting."""
+        return max(MIN_LINK_BACK_S, silent_after_s(self._config.peer_timeout_s))
+
     def _rules(self, facts: LocalFacts) -> Rules:
         config, place = self._config, facts.place
 
@@ -206,7 +214,7 @@ class Meetings:
             may_meet_again=self._goes_on,
             who_goes_on=who_goes_on,
             dead=self._dead,
-            grace_s=max(MIN_LINK_BACK_S, silent_after_s(config.peer_timeout_s)) if self._number else 0.0,
+            grace_s=self._link_back_s if self._number else 0.0,
             is_first_meeting=self._number == 0,
             peer_timeout_s=config.peer_timeout_s,
         )

@@ -157,13 +157,14 @@ def _run_token(root: Path, known_here: str | None) -> tuple[str, bool]:
     if known_here is not None:
         return known_here, True
     path, launcher, supervised = root / RUN_FILE, _launcher(), Supervised.from_environment()
-    is_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    is_counted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0  # not where another node's agent went away or came
     if (is_torchrun or (supervised is not None and supervised.attempt > 0)) and path.is_file():
         try:
             known = read_json_object(path)
         except UserError:  # cut off while it was written
             known = {}
-        same_id = launcher["run_id"] not in (None, "none") and known.get("run_id") == launcher["run_id"]
+        same_id = is_counted and launcher["run_id"] not in (None, "none") and known.get("run_id") == launcher["run_id"]
         same_agent = is_torchrun and known.get("agent") == launcher["agent"]
         same_supervisor = supervised is not None and known.get("supervisor") == supervised.run_id
         if "token" in known and (same_id or same_agent or same_supervisor):
