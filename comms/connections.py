@@ -2,19 +2,29 @@
 
 A wait in gloo knows no interruption: abort() of a group leaves it waiting (torch 2.13), and its own time-out is that of the longest save.
 What ends it at once is the end of its connection, as if the peer had died. So the sockets that come into being while groups are made are
-remembered, and break_all() shuts them down. Linux only, as /proc is."""
+remembered, and break_all() shuts them down. Linux only, as /proc is.
+
+gloo's listeners stay open for the whole job and take whoever connects: each stranger costs a descriptor that is never given back, and where
+they run out gloo ends the process. So once the groups are made their listeners answer nobody any more."""
 
 import contextlib
+import ctypes
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator
+
+_SO_ATTACH_FILTER = 26  # of Linux; the socket module has no name for it
+_BPF_RETURN_CONSTANT = 0x06  # of linux/filter.h: BPF_RET | BPF_K
 
 
 class Connections:
-    """Of one meeting. Not for groups that are made on two threads at once."""
+    """Of one meeting. Not for groups that are made on two threads at once. turns_strangers_away: whether the listeners of groups answer
+    nobody once recorded() ends; for gloo, which has made all its connections by then, and not for NCCL, which makes some later."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, turns_strangers_away: bool = False) -> None:
+        self._turns_strangers_away = turns_strangers_away
         self._before: frozenset[int] | None = None
         self._recorded: frozenset[int] = frozenset()
         self._is_broken = False
@@ -26,8 +36,12 @@ class Connections:
         try:
             yield
         finally:
-            self._recorded |= frozenset(_sockets()) - self._before
+            made = {inode: descriptor for inode, descriptor in _sockets().items() if inode not in self._before}
+            self._recorded |= frozenset(made)
             self._before = None
+            if self._turns_strangers_away:
+                for descriptor in made.values():
+                    _turn_strangers_away(descriptor)
             if self._is_broken:
                 self.break_all()
 
@@ -56,3 +70,13 @@ def _shut_down(descriptor: int) -> None:
         is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
         if is_tcp and not copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # gloo ends the process over a broken listener
             copy.shutdown(socket.SHUT_RDWR)
+
+
+def _turn_strangers_away(descriptor: int) -> None:
+    """Where ``descriptor`` is a listener, let the kernel drop what comes to it, unanswered. Connections that were made stay as they are."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+        is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
+        if is_tcp and copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            instruction = ctypes.create_string_buffer(struct.pack("=HBBI", _BPF_RETURN_CONSTANT, 0, 0, 0))  # keep 0 bytes of every packet
+            program = struct.pack("@HP", 1, ctypes.addressof(instruction))  # struct sock_fprog: how many, where
+            copy.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

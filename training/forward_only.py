@@ -53,10 +53,12 @@ class ForwardOnly:
 def make_decoder(job: Job, stage: Stage, batch_size: int) -> Decoder:
     """Collective over all ranks, as it may make a group: the decoder of this rank's ``stage``. batch_size: sequences per replica that are
     under way at once."""
+    with job.connections.recorded():
+        closing_group = make_closing_group(job.place, job.groups, job.backend, COLLECTIVE_TIMEOUT)
     return Decoder(
         place=job.place,
         groups=job.groups,
-        closing_group=make_closing_group(job.place, job.groups, job.backend, COLLECTIVE_TIMEOUT),
+        closing_group=closing_group,
         stage=stage,
         spans=job.spans,
         peer_names=job.peer_names,

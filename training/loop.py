@@ -126,10 +126,9 @@ class Trainer:
             dropout_seed=config.seed if config.dropout or (config.train == "lora" and config.lora_dropout) else None,
         )
         self._keeping.connect(job, folders, rescue, desk)
-        with job.connections.recorded():
-            self._validation = start_validation(
-                job, config, self._gradient, self._stage, desk.validation if desk is not None else None, self._root
-            )
+        self._validation = start_validation(
+            job, config, self._gradient, self._stage, desk.validation if desk is not None else None, self._root
+        )
         self._reader = start_reader(config, desk.mixture, shows_samples=job.number == 0) if desk is not None else None
         self._feed = TokenFeed(
             place=job.place,

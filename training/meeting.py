@@ -115,7 +115,8 @@ class Meetings:
             if host is not None:
                 linger(host.hub, error, TELL_OTHERS_S)
             raise
-        connections, tunnel = Connections(), StoreTunnel(address, self._secret, hello.in_words)
+        connections = Connections(turns_strangers_away=facts.backend == "gloo")
+        tunnel = StoreTunnel(address, self._secret, hello.in_words)
 
         def on_trouble(trouble: Trouble) -> None:
             if not (trouble.meets_again and self._goes_on):
@@ -175,7 +176,7 @@ class Meetings:
 
     def _open_door(self, facts: LocalFacts, timeout: timedelta) -> _Host:
         """On rank 0: the hub, listening on the chosen interface's address and nowhere else, and the store behind it. Raises UserError."""
-        config, door = self._config, self._config.door
+        door = self._config.door
         assert self._secret is not None, "found before"
         address = facts.interface.address if door.agent_prefix else check_door_is_here(door, facts.interface)
         listener = listen(address, self._port if door.agent_prefix else door.port)
