@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BEAT_S = 0.5
+FRESH_S = 3 * BEAT_S  # so old may the beat of a rank be that is said to live
 SILENT_S = 15.0  # auto: without a sign of life
 FIRST_STEP_S = 1800.0  # auto: without progress while no step has ended yet, so nobody knows how long one takes
 STUCK_S = 300.0  # auto: without progress, at least: a slow disk or a slow download is no hang
@@ -91,7 +92,9 @@ def find_overdue(pulses: Mapping[int, Pulse], now: float, peer_timeout_s: float 
     longest = max((pulse.beat.longest_step_s for pulse in pulses.values() if pulse.beat is not None), default=0.0)
     limit = stuck_after_s(peer_timeout_s, longest)
     stuck = {
-        rank: pulse for rank, pulse in pulses.items() if pulse.beat is not None and pulse.beat.is_in_step and now - pulse.moved_at > limit
+        rank: pulse
+        for rank, pulse in pulses.items()
+        if pulse.beat is not None and pulse.beat.is_in_step and now - pulse.moved_at > limit and now - pulse.came_at < FRESH_S
     }
     at_work = {rank: pulse for rank, pulse in stuck.items() if pulse.beat is not None and not pulse.beat.waits}
     if not at_work and len(stuck) < len(pulses):

@@ -31,7 +31,7 @@ from collections.abc import Callable, Collection
 from comms.gate import Gate
 from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, Session
 from comms.heartbeat import BEAT_S, Beat, Pulse, find_overdue
-from comms.members import Member, Rules, Verdict, is_running
+from comms.members import Member, Rules, Verdict, still_runs
 from comms.roster import Hello, find_problem
 from comms.secret import Secret
 
@@ -39,7 +39,6 @@ log = logging.getLogger("trainer")
 
 LAST_WORDS_S = 1.0
 SUSPICION_S = 1.0  # from a failed exchange until it counts as a broken link: the death of a rank is known by then
-DEATH_S = 0.5  # from the end of a connection until its process, if it died, is gone from this host's table
 
 
 class Hub:
@@ -302,12 +301,7 @@ class Hub:
         a connection resets it."""
         if member.hello.host_id != self._verdict.members[0].hello.host_id:
             return not was_cut
-        give_up = time.monotonic() + DEATH_S
-        while is_running(member.hello.pid):
-            if time.monotonic() > give_up:
-                return False
-            await asyncio.sleep(0.02)
-        return True
+        return not await asyncio.to_thread(still_runs, member.hello.pid)
 
     async def _feel_pulses(self) -> None:
         last = time.monotonic()

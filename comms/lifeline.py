@@ -118,7 +118,7 @@ class Lifeline:
                 elif "refused" in said:
                     raise _refused(str(said["refused"]), restart_helps=bool(said.get("restart_helps")))
                 else:
-                    return dict(said["formed"])
+                    return _checked_formed(said, hello.rank)
         except (OSError, ValueError) as error:
             if has_waited:
                 raise _MeetAgain(False) from error
@@ -143,14 +143,17 @@ class Lifeline:
             )
         return session
 
-    def watch(self, on_trouble: Callable[[Trouble], None], beat: Callable[[], Beat], *, host_returns: bool) -> None:
+    def watch(
+        self, on_trouble: Callable[[Trouble], None], beat: Callable[[], Beat], *, host_returns: bool, host_lives: Callable[[], bool]
+    ) -> None:
         """Listen and send beats from now on; ``on_trouble`` is called, on the listening thread and at most once. host_returns: whether to
-        wait for rank 0 to open another meeting where it falls silent or dies."""
+        wait for rank 0 to open another meeting where it falls silent or dies; host_lives: asked where the connection ends as that of a
+        dead process does."""
         self._heard_at = time.monotonic()
-        threading.Thread(target=self._watch, args=(on_trouble, host_returns), name="lifeline", daemon=True).start()
+        threading.Thread(target=self._watch, args=(on_trouble, host_returns, host_lives), name="lifeline", daemon=True).start()
         threading.Thread(target=self._keep_beating, args=(beat,), name="heartbeat", daemon=True).start()
 
-    def _watch(self, on_trouble: Callable[[Trouble], None], host_returns: bool) -> None:
+    def _watch(self, on_trouble: Callable[[Trouble], None], host_returns: bool, host_lives: Callable[[], bool]) -> None:
         assert self._connection is not None, "join() comes first"
         self._connection.settimeout(self._silent_s)
         trouble = None
@@ -158,7 +161,11 @@ class Lifeline:
             try:
                 said = self._read()
                 if said is None:
-                    trouble = Trouble(text=f"rank 0 at {self._place} is gone, {self._host_last}", meets_again=host_returns)
+                    text = f"rank 0 at {self._place} is gone, {self._host_last}"
+                    if not host_returns and host_lives():
+                        text = f"the connection to rank 0 at {self._place} ended, {self._host_last}"
+                        host_returns = True
+                    trouble = Trouble(text=text, meets_again=host_returns)
                 elif "tick" in said:
                     self._host_said, self._heard_at = str(said["tick"]), time.monotonic()
                 elif "end" in said:
@@ -270,6 +277,16 @@ def _refused(text: str, *, restart_helps: bool) -> UserError:
     error = UserError(text)
     error.restart_helps = restart_helps
     return error
+
+
+def _checked_formed(said: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The verdict that the job has formed, with this ``rank`` in it. Raises ValueError for anything else."""
+    formed = said.get("formed")
+    if not isinstance(formed, dict) or not isinstance(formed.get("roster"), list) or type(formed.get("host_comes_back")) is not bool:
+        raise ValueError("what it says is no verdict")
+    if rank not in [Hello.from_json(entry).rank for entry in formed["roster"]]:
+        raise ValueError("its roster is without this rank")
+    return formed
 
 
 class _Lines:

@@ -1,6 +1,7 @@
 """What the hub keeps of a meeting: its rules, who is there, and what came of it so far."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ import psutil
 from comms.handshake import Session
 from comms.heartbeat import Pulse
 from comms.roster import Hello
+
+DEATH_S = 0.5  # from the end of a connection until its process, if it died, is gone from this host's table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,16 @@ class Verdict:
     again: str | None = None
     members: dict[int, Member] = field(default_factory=dict)
     waiting: dict[int, Member] = field(default_factory=dict)
+
+
+def still_runs(pid: int, within_s: float = DEATH_S) -> bool:
+    """Whether the process ``pid`` of this host, a connection of which has ended, lives on: False as soon as it is gone."""
+    give_up = time.monotonic() + within_s
+    while is_running(pid):
+        if time.monotonic() > give_up:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def is_running(pid: int) -> bool:

@@ -39,7 +39,7 @@ def open_hub(world_size: int = 2, deadline_s: float = 20.0, store_port: int | No
     try:
         yield hub, port
     finally:
-        hub.close(0.5)
+        hub.close(0.1)
 
 
 def lifeline_to(port: int, secret: Secret = SECRET) -> Lifeline:

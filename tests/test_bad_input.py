@@ -174,7 +174,7 @@ def test_a_rank_taken_twice_is_named_to_all(flags: dict[str, Any], tmp_path: Pat
 
 
 def test_two_rank_zeros_both_hear_of_each_other(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.job.TELL_OTHERS_S", 3.0)
+    monkeypatch.setattr("training.meeting.TELL_OTHERS_S", 3.0)
     processes = two_ranks({**flags, "rendezvous_timeout": 60}, tmp_path, rank1={"rank": 0})
     texts = ended(processes)
     assert all("is taken, by another job or another rank 0" in text for text in texts), texts

@@ -1,41 +1,26 @@
-"""A rank that dies, in whatever phase, ends the job within 10 s: the others exit non-zero, name it, and no process stays behind."""
+"""A rank that dies, freezes, hangs or runs out of memory, in whatever phase, ends the job: all others exit non-zero within seconds, name it
+and what it was doing, and no process stays behind. (What comes back by itself: test_coming_back.py, test_links_that_drop.py.)"""
 
 import os
+import re
 import signal
-import subprocess
-import sys
+import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from harness import REPOSITORY, Process, free_port, launch, log_rows, losses, train, train_argv
+from fault_helpers import PHASES, Fault, all_end, plant, said, wait_until
+from harness import Process, free_port, launch, train, train_argv
 from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 
 from checkpoint.layer_store import StepWriter
-from comms.links import ProcessGroupLink
-from data_parallel.allreduce import GradientBuckets
 from pipeline_parallel.engine import PipelineEngine
-from training import job, loop, meeting, start
+from training import job, telling
 
 DEADLINE_S = 10.0
-
-# phase -> the method in whose third call (first, where it is called once) the victim dies
-PHASES: dict[str, tuple[Any, str, int]] = {
-    "meeting": (meeting.Meetings, "_form", 1),
-    "preparing": (start, "find_folders", 1),
-    "loading": (loop, "load_weights", 1),
-    "forward": (PipelineEngine, "_forward", 3),
-    "backward": (PipelineEngine, "_backward", 3),
-    "allreduce": (GradientBuckets, "finish", 2),
-    "sending": (ProcessGroupLink, "put", 3),
-    "deciding": (loop.GlobalGradient, "forget", 2),
-    "saving": (StepWriter, "write_layer", 2),
-    "ending": (job.Job, "wait_for_all", 1),
-}
 
 
 @pytest.fixture
@@ -58,55 +43,100 @@ def flags(model_folder: Path, tasks: list[Path], tmp_path: Path) -> dict[str, An
     }
 
 
-def die_in(phase: str, victim: int, stamp: Path) -> Callable[[int], None]:
-    """A fault for harness.launch: SIGKILL of the victim itself, noting when."""
-
-    def before(rank: int) -> None:
-        owner, name, wanted = PHASES[phase]
-        original, calls = getattr(owner, name), 0
-
-        def fatal(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if rank == victim and calls == wanted:
-                stamp.write_text(repr(time.time()))
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(owner, name, fatal)
-
-    return before
+def start(flags: dict[str, Any], tmp_path: Path, fault: Fault, phase: str, victim: int) -> tuple[list[Process], Path, int]:
+    """A job of 2 x 2 ranks; the stamp that the fault leaves; the port of the door."""
+    stamp, port = tmp_path / "fired", free_port()
+    flags = {**flags, "dist_url": f"tcp://127.0.0.1:{port}"}
+    processes = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", plant(fault, phase, victim, stamp))
+    return processes, stamp, port
 
 
-def all_end(processes: list[Process], within_s: float) -> None:
-    give_up = time.monotonic() + within_s
+def named(victim: int) -> str:
+    return f"rank {victim} (stage {victim % 2} of 2, replica {victim // 2} of 2)"
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_rank_is_named_by_all_others_with_what_it_was_doing(
+    phase: str, victim: int, flags: dict[str, Any], tasks: list[Path], tmp_path: Path
+) -> None:
+    if phase == "saving" and victim >= 2:
+        pytest.skip("replica 0 alone writes checkpoints")
+    if phase == "evaluation":
+        flags |= {"evaluation_data": tasks[0], "evaluation_steps": 4, "max_eval_samples": 4}
+    processes, stamp, port = start({**flags, "async_checkpoint": phase != "saving"}, tmp_path, Fault.KILL, phase, victim)
+    wait_until(stamp.exists, 60, processes)
+    all_end(processes, DEADLINE_S)
+    assert processes[victim].status == -signal.SIGKILL
+    host = socket.gethostname()
+    for rank, process in enumerate(processes):
+        if rank == victim:
+            continue
+        assert process.status == 75, said(processes)
+        assert "Traceback" not in process.text, process.text
+        if victim > 0:
+            assert f"{named(victim)} is gone: process {processes[victim].pid} on host {host}" in process.text, process.text
+        else:
+            assert f"rank 0 at tcp://127.0.0.1:{port}" in process.text, process.text
+        assert re.search(rf"last heard of \d\.\d s ago.* in {re.escape(PHASES[phase].says)}", process.text), process.text
+        assert "resumes from its newest checkpoint" in process.text
+    assert not [c for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN]
+
+
+@pytest.mark.parametrize(("phase", "victim"), [("forward", 1), ("optimizer", 2), ("loading", 3), ("backward", 0)])
+def test_a_frozen_rank_is_given_up_by_all_others_and_ends_when_it_wakes(
+    phase: str, victim: int, flags: dict[str, Any], tmp_path: Path
+) -> None:
+    processes, stamp, _ = start({**flags, "peer_timeout": 3}, tmp_path, Fault.FREEZE, phase, victim)
+    others = [process for rank, process in enumerate(processes) if rank != victim]
     try:
-        for process in processes:
-            process.wait(max(0.1, give_up - time.monotonic()))
+        wait_until(stamp.exists, 60, processes)
+        frozen_at = time.monotonic()
+        wait_until(lambda: all(process.poll() is not None for process in others), 20, processes)
+        assert time.monotonic() - frozen_at < 3 + 6
+        for process in others:
+            assert process.status == 75 and "no sign of life for" in process.text, said(processes)
+            assert (named(victim) if victim else "rank 0 at tcp://") in process.text
+            assert PHASES[phase].says in process.text
+        os.kill(processes[victim].pid, signal.SIGCONT)
+        assert processes[victim].wait(20) != 0
+        assert "Traceback" not in processes[victim].text
     finally:
         for process in processes:
             process.kill()
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2, 3])
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_killed_rank_ends_the_job_within_10_s_and_is_named_by_all(phase: str, victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
-    if phase == "saving" and victim >= 2:
-        pytest.skip("replica 0 alone writes checkpoints")
-    stamp = tmp_path / "died"
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_rank_that_lives_and_does_not_get_on_is_named(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
+    processes, stamp, _ = start({**flags, "peer_timeout": 3}, tmp_path, Fault.HANG, "optimizer", victim)
+    wait_until(stamp.exists, 60, processes)
+    all_end(processes, 25)
+    for process in processes:
+        assert process.status == 75, said(processes)
+        assert f"{named(victim)} on host" in process.text and "lives but has not got on for" in process.text, process.text
+        assert "step 3, update" in process.text
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_want_of_memory_is_explained_on_all_ranks(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
+    processes, stamp, _ = start(flags, tmp_path, Fault.MEMORY, "forward", victim)
+    all_end(processes, 60)
+    assert stamp.exists()
+    assert [process.status for process in processes] == [70 if rank == victim else 75 for rank in range(4)], said(processes)
+    for process in processes:
+        assert "--micro-batch-size" in process.text and "MemoryError" in process.text, process.text
+
+
+def test_ranks_with_other_code_are_refused_before_anything_is_done(flags: dict[str, Any], tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        if rank == 3:
+            telling.code_version = lambda: "0123456789ab"
+
     url = f"tcp://127.0.0.1:{free_port()}"
-    processes = launch(lambda rank: train_argv(**flags, rank=rank, dist_url=url), 4, tmp_path / "ranks", die_in(phase, victim, stamp))
-    give_up = time.monotonic() + 40
-    while not stamp.exists():
-        assert time.monotonic() < give_up, "the fault must fire: " + "\n".join(p.text for p in processes)
-        time.sleep(0.01)
-    all_end(processes, DEADLINE_S)
-    assert processes[victim].status == -signal.SIGKILL
-    for rank, process in enumerate(processes):
-        if rank != victim:
-            assert process.status not in (0, None), process.text
-            assert f"rank {victim} " in process.text, process.text
-            assert "Traceback" not in process.text, process.text
+    processes = launch(lambda rank: train_argv(**flags, rank=rank, dist_url=url), 4, tmp_path / "ranks", before)
+    all_end(processes, 30)
+    for process in processes:
+        assert process.status == 1 and "differ in code: " in process.text and "'0123456789ab'" in process.text, process.text
 
 
 def test_a_defect_on_one_rank_shows_its_traceback_there_and_its_name_on_the_others(flags: dict[str, Any], tmp_path: Path) -> None:
@@ -130,7 +160,9 @@ def test_a_defect_on_one_rank_shows_its_traceback_there_and_its_name_on_the_othe
 
 def test_a_restart_at_once_on_the_same_port_works(flags: dict[str, Any], tmp_path: Path) -> None:
     url, stamp = f"tcp://127.0.0.1:{free_port()}", tmp_path / "died"
-    killed = launch(lambda rank: train_argv(**flags, rank=rank, dist_url=url), 4, tmp_path / "ranks", die_in("backward", 0, stamp))
+    killed = launch(
+        lambda rank: train_argv(**flags, rank=rank, dist_url=url), 4, tmp_path / "ranks", plant(Fault.KILL, "backward", 0, stamp)
+    )
     all_end(killed, 40)
     assert stamp.exists()
     again = launch(lambda rank: train_argv(**flags, rank=rank, dist_url=url), 4, tmp_path / "ranks")
@@ -168,7 +200,7 @@ def test_strangers_at_the_door_do_not_disturb_the_ranks_that_meet(flags: dict[st
 def test_a_rank_whose_terminal_is_gone_still_ends(flags: dict[str, Any], tmp_path: Path) -> None:
     """Its stderr is a closed pipe: the message about the lost rank goes nowhere, the process must end all the same."""
     stamp = tmp_path / "died"
-    die = die_in("forward", 1, stamp)
+    die = plant(Fault.KILL, "forward", 1, stamp)
 
     def before(rank: int) -> None:
         die(rank)
@@ -244,61 +276,13 @@ def test_two_single_process_jobs_need_no_port_of_their_own(flags: dict[str, Any]
     assert [process.status for process in processes] == [0, 0], processes[1].text
 
 
-def launch_for_real(argv: list[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
-    with output.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, *argv], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-        )
-
-
-def test_torchrun_launches_and_restarts_after_a_kill(flags: dict[str, Any], tmp_path: Path) -> None:
-    """torchrun holds MASTER_PORT itself; after a kill its agent starts all workers again and they resume."""
-    grid = {name: value for name, value in flags.items() if name not in ("world_size", "rendezvous_timeout")}
-    several = {**grid, "total_steps": 60, "checkpoint_steps": 5}
-    log = tmp_path / "torchrun.txt"
-    process = launch_for_real(
-        [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "4",
-            "--max-restarts",
-            "1",
-            "--master-port",
-            str(free_port()),
-            "dist_clm_train.py",
-            *train_argv(**several),
-        ],
-        log,
-        OMP_NUM_THREADS="1",
-    )
-    run = Path(flags["checkpoint_path"])
-    give_up = time.monotonic() + 90
-    while not (run / "5" / "manifest.json").exists():
-        assert time.monotonic() < give_up and process.poll() is None, log.read_text()
-        time.sleep(0.05)
-    victim = next(p for p in psutil.Process(process.pid).children(recursive=True) if "dist_clm_train.py" in " ".join(p.cmdline()))
-    victim.kill()
-    try:
-        assert process.wait(120) == 0, log.read_text()
-    finally:
-        process.kill()
-    assert log_rows(run)[-1]["step"] == 60
-    assert (run / "60" / "manifest.json").exists()
-    undisturbed = tmp_path / "undisturbed"
-    train(
-        tmp_path / "again",
-        stages=2,
-        replicas=2,
-        **{**several, "checkpoint_path": undisturbed, "pipeline_group_size": 2, "data_group_size": 2},
-    )
-    assert {row["step"]: row["loss"] for row in log_rows(run)} == dict(zip(range(1, 61), losses(undisturbed), strict=True))
-
-
 def test_no_process_and_no_port_stays_behind(flags: dict[str, Any], tmp_path: Path) -> None:
     port, stamp = free_port(), tmp_path / "died"
     processes = launch(
-        lambda rank: train_argv(**flags, rank=rank, dist_url=f"tcp://127.0.0.1:{port}"), 4, tmp_path / "ranks", die_in("forward", 1, stamp)
+        lambda rank: train_argv(**flags, rank=rank, dist_url=f"tcp://127.0.0.1:{port}"),
+        4,
+        tmp_path / "ranks",
+        plant(Fault.KILL, "forward", 1, stamp),
     )
     pids = {process.pid for process in processes}
     children = {child.pid for pid in pids if psutil.pid_exists(pid) for child in psutil.Process(pid).children(recursive=True)}

@@ -91,7 +91,10 @@ def test_store_hub_and_gloo_use_the_chosen_interface_only(
         "rendezvous_timeout": 60,
         "net_interface": interface,
     }
-    processes = [start(rank, train_argv(**flags, rank=rank), tmp_path) for rank in (0, 1)]
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("known to both hosts alone")
+    processes = [start(rank, train_argv(**flags, rank=rank, secret_file=secret), tmp_path) for rank in (0, 1)]
 
     def said() -> str:
         return "\n".join((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
@@ -103,8 +106,9 @@ def test_store_hub_and_gloo_use_the_chosen_interface_only(
             assert time.monotonic() < give_up and all(process.poll() is None for process in processes), said()
             time.sleep(0.02)
         for number, process in enumerate(processes, start=1):
-            assert local_addresses(process.pid, LISTEN) == {f"10.81.2.{number}"}
-            assert local_addresses(process.pid, ESTABLISHED) == {f"10.81.2.{number}"}
+            # on loopback: torch's store, and every rank's own way to it (comms/store_tunnel.py)
+            assert local_addresses(process.pid, LISTEN) == {f"10.81.2.{number}", "127.0.0.1"}
+            assert local_addresses(process.pid, ESTABLISHED) == {f"10.81.2.{number}", "127.0.0.1"}
         assert [process.wait(60) for process in processes] == [0, 0], said()
         assert log_rows(tmp_path / "run")[-1]["step"] == 400
     finally:
@@ -136,20 +140,23 @@ def test_loopback_is_refused_where_the_peer_is_another_host() -> None:
     import socket
     import threading
 
-    from comms.hub import Hello, Hub
+    from comms.hub import Hub
     from comms.lifeline import Lifeline
     from comms.rendezvous import listen
+    from comms.roster import Hello
+    from comms.secret import Secret
     from user_error import UserError
 
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    hub = Hub(listener, world_size=2, deadline_s=20, formed={}, describe=str)
+    secret = Secret(bytes(32))
+    hub = Hub(listener, secret=secret, world_size=2, deadline_s=20, store_port=None, describe=str)
     said: list[str] = []
 
     def join(rank: int) -> None:
         hello = Hello(rank=rank, world_size=2, host=f"h{rank}", host_id=f"id{rank}", pid=1, address="127.0.0.1", is_loopback=True, plan={})
         try:
-            Lifeline(("127.0.0.1", port), deadline_s=10).join(hello)
+            Lifeline(("127.0.0.1", port), secret, deadline_s=10).join(hello)
         except UserError as error:
             said.append(str(error))
 

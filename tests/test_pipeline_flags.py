@@ -11,7 +11,7 @@ from conftest import make_model, make_tokenizer
 from harness import equal_files, log_rows, losses, train
 
 from comms.spans import CATEGORIES
-from training import allocator, job, tracing
+from training import allocator, meeting, tracing
 
 STEPS = 4
 
@@ -92,7 +92,7 @@ def test_every_rank_keeps_its_freed_memory(flags: dict[str, Any], tmp_path: Path
             (tmp_path / f"told{rank}").touch()
             allocator.keep_freed_memory()
 
-        job.keep_freed_memory = told
+        meeting.keep_freed_memory = told
 
     train(tmp_path, stages=2, before=before, checkpoint_path=tmp_path / "run", **flags)
     assert (tmp_path / "told0").exists() and (tmp_path / "told1").exists()

@@ -218,7 +218,7 @@ def test_a_signal_to_any_rank_saves_the_same_step_on_all_and_the_same_command_go
     processes = train(tmp_path, before=signal_in_update(victim, number, 3), checkpoint_path=run, **grid)
     (saved,) = steps_in(run)
     assert saved in ("3", "4") and last_row(run) == int(saved) < STEPS
-    asked = number.name if victim == 0 else "a signal on another rank"
+    asked = number.name if victim == 0 else "a signal or a limit on another rank"
     assert f"stopped by {asked} at step {saved}, which is saved; the same command goes on from there" in processes[0].text
     assert all("Traceback" not in process.text for process in processes)
     train(tmp_path, checkpoint_path=run, **grid)

@@ -198,7 +198,7 @@ class Trainer:
         with self._job.spans.span("waiting for the checkpoint to be written"):
             self._keeping.finish()
         if self._optimizer_step < self._num_updates and self._job.place.rank == 0:
-            asked = stop_request.name or self._limits.reason() or "what another rank's log says"
+            asked = stop_request.name or self._limits.reason() or "a signal or a limit on another rank"
             log.info("stopped by %s at step %d, which is saved; the same command goes on from there", asked, self._step)
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from comms.heartbeat import silent_after_s
 from comms.hub import Hub, Rules
 from comms.lifeline import Lifeline, Trouble
 from comms.links import PeerLost
+from comms.members import still_runs
 from comms.place import place_of, whole_replicas
 from comms.rendezvous import Door, agent_store, check_door_is_here, listen
 from comms.secret import Secret
@@ -100,7 +101,7 @@ class Meetings:
             facts = self._facts
             self._goes_on = self._wants_to_go_on and facts.backend == "gloo"  # a wait in NCCL is not ended by its sockets
             if self._secret is None:
-                self._secret = secret_of(config, is_loopback=facts.interface.is_loopback)
+                self._secret = secret_of(config)
             host = self._open_door(facts, timeout) if facts.place.rank == 0 else None
         except UserError as error:
             tell_others(config, error, TELL_OTHERS_S)
@@ -129,7 +130,13 @@ class Meetings:
         self._refused_s = math.inf if host_returns else REFUSED_S
         if not any(entry["comes_back"] for entry in formed["roster"]) and not config.allow_replica_loss:
             self._deadline_s = min(config.rendezvous_timeout, self._link_back_s)  # nobody will be started anew
-        lifeline.watch(on_trouble, lambda: self.spans.beat, host_returns=host_returns)
+        entry = formed["roster"][0]
+
+        def host_lives() -> bool:
+            """Known on its own host alone; another one's kernel closes connections of dead processes only."""
+            return entry["host_id"] == hello.host_id and still_runs(entry["pid"])
+
+        lifeline.watch(on_trouble, lambda: self.spans.beat, host_returns=host_returns, host_lives=host_lives)
         try:
             job = self._form(facts, formed["roster"], join_store(tunnel), lifeline, connections)
             self._number += 1

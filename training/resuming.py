@@ -217,7 +217,7 @@ def _from_lowest(job: Job, store: dist.Store, folder: Path, sees: list[set[str]]
     key = f"content/{folder.name}/{name}"
     if job.place.rank == owner:
         try:
-            said: dict[str, Any] = {"content": _read_trainer(folder) if name == TRAINER_FILE else _read_config(folder)}
+            said: dict[str, Any] = {"content": _read_trainer(folder) if name == TRAINER_FILE else _read_config(job, folder)}
         except UserError as error:
             said = {"problem": str(error)}
         store.set(key, json.dumps(said))
@@ -227,10 +227,11 @@ def _from_lowest(job: Job, store: dist.Store, folder: Path, sees: list[set[str]]
     return content
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(job: Job, folder: Path) -> dict[str, Any]:
     config = read_json_object(folder / CONFIG)
     try:
-        read_model_config(config)
+        if config.get("model_type") == job.model_config.hf_model_type:  # another model's is refused as such (check_same_model)
+            read_model_config(config)
     except UserError as error:
         raise UserError(f"{folder / CONFIG} cannot be used: {error}") from error
     return config

@@ -90,7 +90,7 @@ def tell_others(config: Config, problem: UserError, within_s: float) -> None:
             return
         hub = Hub(
             listener,
-            secret=_secret_at_the_door(config),
+            secret=secret_of(config),
             world_size=config.world_size,
             deadline_s=timeout.total_seconds(),
             store_port=None,
@@ -102,18 +102,15 @@ def tell_others(config: Config, problem: UserError, within_s: float) -> None:
         linger(hub, problem, within_s)
 
 
-def secret_of(config: Config, *, is_loopback: bool) -> Secret:
+def secret_of(config: Config) -> Secret:
     """The secret that this rank of the job must know. Raises UserError."""
+    is_loopback = choose_interface(None, config.door.host).is_loopback  # where the door is, whatever --net-interface says
     return find_secret(config.secret_file, is_loopback=is_loopback, is_alone=config.world_size == 1)
-
-
-def _secret_at_the_door(config: Config) -> Secret:
-    return secret_of(config, is_loopback=choose_interface(config.net_interface, config.door.host).is_loopback)
 
 
 def _say_to_hub(config: Config, problem: UserError, timeout: timedelta) -> None:
     door = find_door(config.door, timeout)
-    lifeline = Lifeline((door.host, door.port), _secret_at_the_door(config), deadline_s=timeout.total_seconds())
+    lifeline = Lifeline((door.host, door.port), secret_of(config), deadline_s=timeout.total_seconds())
     lifeline.join(make_hello(config, None, str(problem)))
 
 

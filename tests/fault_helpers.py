@@ -1,0 +1,130 @@
+"""Faults to plant in a forked rank: what, on which rank, in which phase. Each leaves a stamp when it fires, so that no test can pass on a
+fault that did not."""
+
+import enum
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import Process
+
+from checkpoint.layer_store import StepWriter
+from comms.connections import Connections
+from data_parallel.allreduce import GradientBuckets
+from optim.build import AdamW
+from pipeline_parallel.engine import PipelineEngine
+from training import loop, meeting, trained
+from training.evaluator import Evaluator
+
+SAYS_SO_S = 1.3  # a beat goes out every half second: by then the hub knows what the victim is in
+
+
+class Fault(enum.Enum):
+    """What happens to a rank."""
+
+    KILL = "kill"  # SIGKILL
+    FREEZE = "freeze"  # SIGSTOP
+    RAISE = "raise"  # an exception, as of a user's task
+    MEMORY = "memory"
+    HANG = "hang"  # its main thread waits for ever, the process lives
+    LINK = "link"  # all its connections to other ranks end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Where: the ``call``-th call of ``owner.name`` on the victim. says: what messages call it."""
+
+    owner: Any
+    name: str
+    call: int
+    says: str
+
+
+PHASES = {
+    "rendezvous": Phase(owner=meeting.Meetings, name="_form", call=1, says="starting"),
+    "loading": Phase(owner=trained, name="load_weights", call=1, says="loading weights"),
+    "forward": Phase(owner=PipelineEngine, name="_forward", call=6, says="step 3, "),
+    "backward": Phase(owner=PipelineEngine, name="_backward", call=6, says="step 3, "),
+    "allreduce": Phase(owner=GradientBuckets, name="finish", call=3, says="step 3, "),
+    "agreeing": Phase(owner=loop.GlobalGradient, name="scale_as_decided", call=3, says="step 3, "),
+    "optimizer": Phase(owner=AdamW, name="step", call=3, says="step 3, update"),
+    "saving": Phase(owner=StepWriter, name="write_layer", call=3, says="step "),
+    "evaluation": Phase(owner=Evaluator, name="mean_loss", call=1, says="step 4, evaluating"),
+    "last step": Phase(owner=loop.GlobalGradient, name="forget", call=8, says="step 8, update"),
+}
+
+
+def plant(fault: Fault, phase: str, victim: int, stamp: Path) -> Callable[[int], None]:
+    """For harness.launch(before=...): the fault fires once on rank ``victim``, leaving the time in ``stamp``."""
+    where = PHASES[phase]
+
+    def before(rank: int) -> None:
+        made: list[Connections] = []
+        keep_connections(made)
+        original, calls = getattr(where.owner, where.name), 0
+
+        def fatal(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if rank == victim and calls == where.call and not stamp.exists():
+                fire(fault, stamp, made)
+            return original(*args, **kwargs)
+
+        setattr(where.owner, where.name, fatal)
+
+    return before
+
+
+def keep_connections(made: list[Connections]) -> None:
+    """So that a fault can break them."""
+    create = Connections.__init__
+
+    def remembered(self: Connections, **kwargs: Any) -> None:
+        create(self, **kwargs)
+        made.append(self)
+
+    Connections.__init__ = remembered  # type: ignore[method-assign]
+
+
+def fire(fault: Fault, stamp: Path, made: list[Connections]) -> None:
+    if fault in (Fault.KILL, Fault.FREEZE):
+        time.sleep(SAYS_SO_S)
+    stamp.write_text(repr(time.time()))
+    if fault is Fault.KILL:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault is Fault.FREEZE:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault is Fault.RAISE:
+        raise ZeroDivisionError("a task of the user's")
+    if fault is Fault.MEMORY:
+        raise MemoryError("a machine that is too small")
+    if fault is Fault.HANG:
+        time.sleep(3600)
+    if fault is Fault.LINK:
+        made[-1].break_all()
+
+
+def wait_until(what: Callable[[], object], within_s: float, processes: list[Process]) -> None:
+    give_up = time.monotonic() + within_s
+    while not what():
+        assert time.monotonic() < give_up, "\n".join(process.text for process in processes)
+        time.sleep(0.01)
+
+
+def all_end(processes: list[Process], within_s: float) -> None:
+    """None of them stays behind, whatever happens."""
+    give_up = time.monotonic() + within_s
+    try:
+        for process in processes:
+            process.wait(max(0.1, give_up - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def said(processes: list[Process]) -> str:
+    return "\n".join(f"--- {process.status}\n{process.text}" for process in processes)

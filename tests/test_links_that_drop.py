@@ -1,0 +1,140 @@
+"""A connection that breaks while all processes live costs the step that was being played, and nothing else: the ranks meet again in the
+same processes, and losses and files are those of an undisturbed run, bit for bit."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_helpers import Fault, all_end, plant, said
+from harness import equal_files, free_port, launch, log_rows, losses, train, train_argv
+
+from comms.lifeline import Lifeline
+from pipeline_parallel.engine import PipelineEngine
+from training.standing import Standing, common_ground
+
+STEPS = 8
+
+
+def flags_in(root: Path, model_folder: Path, tasks: list[Path]) -> dict[str, Any]:
+    return {
+        "model_name": model_folder,
+        "task_name": tasks[0],
+        "evaluation_data": tasks[0],
+        "evaluation_steps": 4,
+        "max_eval_samples": 4,
+        "checkpoint_path": root / "run",
+        "seq_length": 32,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "total_steps": STEPS,
+        "checkpoint_steps": 3,
+        "dropout": 0.1,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, tasks: list[Path]) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    train(root / "ranks", stages=2, replicas=2, **flags_in(root, model_folder, tasks))
+    return root / "run"
+
+
+def grid(flags: dict[str, Any]) -> dict[str, Any]:
+    common = {"pipeline_group_size": 2, "data_group_size": 2, "world_size": 4, "device": "cpu", "num_threads": 1, "rendezvous_timeout": 60}
+    return {**common, "dist_url": f"tcp://127.0.0.1:{free_port()}", **flags}
+
+
+def check(run: Path, undisturbed: Path) -> None:
+    assert losses(run) == losses(undisturbed)
+    assert [row["step"] for row in log_rows(run)] == list(range(1, STEPS + 1))
+    ours, theirs = ((path / "evaluation_log.jsonl").read_text().split('"seconds"')[0] for path in (run, undisturbed))
+    assert ours == theirs
+    for step in (str(STEPS), "6"):
+        assert equal_files(run / step, undisturbed / step) == []
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+@pytest.mark.parametrize("phase", ["forward", "backward", "allreduce", "agreeing", "evaluation", "saving"])
+def test_a_link_that_breaks_costs_no_bit(
+    phase: str, victim: int, undisturbed: Path, model_folder: Path, tasks: list[Path], tmp_path: Path
+) -> None:
+    if phase == "saving" and victim >= 2:
+        pytest.skip("replica 0 alone writes checkpoints")
+    flags, stamp = grid(flags_in(tmp_path, model_folder, tasks)), tmp_path / "fired"
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", plant(Fault.LINK, phase, victim, stamp))
+    all_end(ranks, 90)
+    assert stamp.exists()
+    assert [process.status for process in ranks] == [0] * 4, said(ranks)
+    assert "All ranks meet again" in ranks[0].text, "nobody noticed"
+    assert "s after the job was interrupted" in ranks[0].text
+    check(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_lifeline_that_is_cut_alone_costs_no_bit(
+    victim: int, undisturbed: Path, model_folder: Path, tasks: list[Path], tmp_path: Path
+) -> None:
+    flags, stamp = grid(flags_in(tmp_path, model_folder, tasks)), tmp_path / "fired"
+
+    def before(rank: int) -> None:
+        lifelines: list[Lifeline] = []
+        join, backward = Lifeline.join, PipelineEngine._backward
+
+        def kept(self: Lifeline, *args: Any, **kwargs: Any) -> Any:
+            lifelines.append(self)
+            return join(self, *args, **kwargs)
+
+        def cut(*args: Any, **kwargs: Any) -> Any:
+            if rank == victim and len(lifelines) == 1 and not stamp.exists():
+                stamp.touch()
+                assert lifelines[0]._connection is not None
+                lifelines[0]._connection.shutdown(socket.SHUT_RDWR)
+            return backward(*args, **kwargs)
+
+        Lifeline.join, PipelineEngine._backward = kept, cut  # type: ignore[method-assign]
+
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", before)
+    all_end(ranks, 90)
+    assert stamp.exists()
+    assert [process.status for process in ranks] == [0] * 4, said(ranks)
+    assert "All ranks meet again" in ranks[0].text
+    check(tmp_path / "run", undisturbed)
+
+
+def test_links_that_break_again_and_again_end_the_job_in_words(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
+    flags = grid({**flags_in(tmp_path, model_folder, tasks), "pipeline_group_size": 2, "data_group_size": 1, "world_size": 2})
+
+    def before(rank: int) -> None:
+        from fault_helpers import keep_connections
+
+        made: list[Any] = []
+        keep_connections(made)
+        backward = PipelineEngine._backward
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            if rank == 1:
+                made[-1].break_all()
+            return backward(*args, **kwargs)
+
+        PipelineEngine._backward = broken  # type: ignore[method-assign]
+
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 2, tmp_path / "ranks", before)
+    all_end(ranks, 90)
+    assert all(process.status not in (0, None) for process in ranks), said(ranks)
+    assert any("did not get through a single optimizer step" in process.text for process in ranks), said(ranks)
+
+
+def standing(step: int, settled: int | None = None, decision: Any = "decided") -> Standing:
+    return Standing(optimizer_step=step, decision=decision, settled=step if settled is None else settled)
+
+
+def test_where_ranks_go_on_from() -> None:
+    assert common_ground([standing(5), None]) is None, "somebody holds nothing"
+    assert common_ground([standing(5), standing(3)]) is None, "nobody can make up for two steps"
+    assert common_ground([standing(1), standing(0, decision=None)]) is not None
+    assert common_ground([standing(1, decision=None), standing(0, decision=None)]) is None
+    same = common_ground([standing(5), standing(5, settled=4)])
+    assert same is not None and (same.optimizer_step, same.settled) == (5, 4)
+    behind = common_ground([standing(5), standing(4)])
+    assert behind is not None and (behind.optimizer_step, behind.settled, behind.decision) == (5, -1, "decided")
