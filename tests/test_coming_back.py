@@ -1,0 +1,212 @@
+"""What comes back by itself: a rank that its supervisor starts again, a replica that was lost and returns, and a run with ten faults in it.
+
+The supervisors of most tests are the test: it starts the lost rank again as a supervisor does, from a process that has imported torch,
+which takes a fifth of a second instead of ten (supervise.py itself: test_supervise.py)."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_helpers import Fault, all_end, keep_connections, plant, said, wait_until
+from harness import Process, equal_files, free_port, launch, log_rows, losses, train, train_argv
+
+from comms.connections import Connections
+from pipeline_parallel.engine import PipelineEngine
+from training import entry
+from training.supervise import Supervised
+
+STEPS = 20
+
+
+@pytest.fixture
+def flags(model_folder: Path, tasks: list[Path], tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name": model_folder,
+        "task_name": tasks[0],
+        "checkpoint_path": tmp_path / "run",
+        "seq_length": 32,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "total_steps": STEPS,
+        "checkpoint_steps": 3,
+        "pipeline_group_size": 2,
+        "data_group_size": 2,
+        "world_size": 4,
+        "device": "cpu",
+        "num_threads": 1,
+        "rendezvous_timeout": 60,
+        "dist_url": f"tcp://127.0.0.1:{free_port()}",
+    }
+
+
+class NoPipe:
+    """In place of a supervisor's."""
+
+    def step(self, optimizer_step: int) -> None:
+        pass
+
+
+def supervised(attempt: int) -> Callable[[int], None]:
+    def before(rank: int) -> None:
+        lost_at = time.time() if attempt else None
+        worker = Supervised(run_id="a test", attempt=attempt, lost_at=lost_at, pipe=NoPipe())  # type: ignore[arg-type]
+        entry.Supervised = type("_", (), {"from_environment": staticmethod(lambda: worker)})  # type: ignore[assignment,misc]
+
+    return before
+
+
+def undisturbed(flags: dict[str, Any], tmp_path: Path) -> Path:
+    own = ("pipeline_group_size", "data_group_size", "world_size", "dist_url", "rendezvous_timeout", "allow_replica_loss", "peer_timeout")
+    plain = {name: value for name, value in flags.items() if name not in own}
+    path = tmp_path / "undisturbed"
+    train(tmp_path / "again", stages=flags["pipeline_group_size"], replicas=flags["data_group_size"], **{**plain, "checkpoint_path": path})
+    return path
+
+
+def check_bits(flags: dict[str, Any], tmp_path: Path) -> None:
+    run, plain = tmp_path / "run", undisturbed(flags, tmp_path)
+    expected = dict(zip(range(1, flags["total_steps"] + 1), losses(plain), strict=True))
+    assert {row["step"]: row["loss"] for row in log_rows(run)} == expected
+    assert all(row["loss"] == expected[row["step"]] for row in log_rows(run)), "what was played again, too"
+    last = str(flags["total_steps"])
+    assert equal_files(run / last, plain / last) == []
+
+
+@pytest.mark.parametrize(
+    ("phase", "victim"),
+    [
+        *(("loading", 0), ("backward", 0), ("backward", 1), ("backward", 2), ("backward", 3)),
+        *(("saving", 0), ("saving", 1), ("agreeing", 3), ("last step", 1)),
+    ],
+)
+def test_a_rank_that_is_started_again_finds_the_others_waiting(phase: str, victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
+    flags |= {"total_steps": 8}
+    stamp = tmp_path / "fired"
+    fault = plant(Fault.KILL, phase, victim, stamp)
+
+    def before(rank: int) -> None:
+        supervised(0)(rank)
+        fault(rank)
+
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", before)
+    wait_until(stamp.exists, 60, ranks)
+    assert ranks[victim].wait(10) == -signal.SIGKILL
+    again = launch(lambda _: train_argv(**flags, rank=victim), 1, tmp_path / "ranks", supervised(1))[0]
+    others = [process for rank, process in enumerate(ranks) if rank != victim]
+    all_end([again, *others], 90)
+    assert [process.status for process in (again, *others)] == [0] * 4, said([again, *others])
+    first = again if victim == 0 else ranks[0]
+    assert re.search(r"optimizer step \d+ is done, \d+\.\d s after the job was interrupted", first.text), first.text
+    check_bits(flags, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stages", "replicas", "accumulation", "victim", "phase"),
+    [(2, 2, 1, 3, "backward"), (2, 2, 2, 2, "agreeing"), (1, 3, 1, 2, "allreduce"), (1, 3, 2, 1, "optimizer")],
+)
+def test_a_replica_is_gone_without_and_taken_back(
+    stages: int, replicas: int, accumulation: int, victim: int, phase: str, flags: dict[str, Any], tmp_path: Path
+) -> None:
+    world = stages * replicas
+    flags |= {"pipeline_group_size": stages, "data_group_size": replicas, "world_size": world, "dropout": 0.1, "checkpoint_steps": 0}
+    flags |= {"gradient_accumulate_step": accumulation, "total_steps": 200, "allow_replica_loss": True, "lr_schedule": "constant"}
+    stamp = tmp_path / "fired"
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), world, tmp_path / "ranks", plant(Fault.KILL, phase, victim, stamp))
+    wait_until(stamp.exists, 60, ranks)
+    ranks[victim].wait(10)
+    wait_until(lambda: f"with {replicas - 1} of {replicas} replicas" in ranks[0].text, 30, ranks)
+    here = len(log_rows(tmp_path / "run"))
+    wait_until(lambda: len(log_rows(tmp_path / "run")) > here + 5, 30, ranks)
+    again = launch(lambda _: train_argv(**flags, rank=victim), 1, tmp_path / "ranks")[0]
+    others = [process for rank, process in enumerate(ranks) if rank != victim]
+    all_end([again, *others], 120)
+    assert [process.status for process in (again, *others)] == [0] * world, said([again, *others])
+    assert "a replica is back and is taken in behind step" in ranks[0].text, ranks[0].text
+    plain = {row["step"]: row["loss"] for row in log_rows(undisturbed(flags, tmp_path))}
+    ours = log_rows(tmp_path / "run")
+    assert [row["step"] for row in ours] == sorted(plain), "no step is missing and none done twice"
+    assert all(row["loss"] == pytest.approx(plain[row["step"]], rel=1e-6) for row in ours)
+    assert any(row["loss"] != plain[row["step"]] for row in ours), "sums in another order round otherwise: the replica was missing"
+    assert {row["target_tokens"] for row in ours} != {0}
+
+
+def test_the_replica_of_rank_0_cannot_be_missed(flags: dict[str, Any], tmp_path: Path) -> None:
+    flags |= {"allow_replica_loss": True}
+    stamp = tmp_path / "fired"
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", plant(Fault.KILL, "backward", 1, stamp))
+    all_end(ranks, 90)
+    assert stamp.exists()
+    assert [process.status for process in ranks] == [75, -signal.SIGKILL, 75, 75], said(ranks)
+    assert "rank 1 (stage 1 of 2, replica 0 of 2) is gone" in ranks[3].text
+
+
+def break_links_sometimes(seed: int, attempt: int, num: int, stamps: Path) -> Callable[[int], None]:
+    """``num`` times in the life of the run, in the backwards of this rank: every connection it has."""
+    draw = random.Random(f"{seed} {attempt}")
+
+    def before(rank: int) -> None:
+        supervised(attempt)(rank)
+        made: list[Connections] = []
+        keep_connections(made)
+        backward = PipelineEngine._backward
+
+        def sometimes(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(0.004)
+            if draw.random() < 0.02 and len(list(stamps.glob("link*"))) < num:
+                (stamps / f"link{time.time()}").touch()
+                made[-1].break_all()
+            return backward(*args, **kwargs)
+
+        PipelineEngine._backward = sometimes  # type: ignore[method-assign]
+
+    return before
+
+
+def test_ten_faults_at_random_cost_no_bit(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Five kills, rank 0's among them, and five broken links, at times drawn by a seed."""
+    seed, num_kills, num_links = 7, 5, 5
+    draw, stamps = random.Random(seed), tmp_path / "stamps"
+    stamps.mkdir()
+    flags |= {"total_steps": 300, "checkpoint_steps": 10, "keep_checkpoints": 2, "lr_schedule": "constant"}
+    run = tmp_path / "run"
+
+    def start(rank: int, attempt: int) -> Process:
+        before = break_links_sometimes(seed + rank, attempt, num_links, stamps)
+        return launch(lambda _: train_argv(**flags, rank=rank), 1, tmp_path / "ranks", lambda _: before(rank))[0]
+
+    ranks = [start(rank, 0) for rank in range(4)]
+    attempts, killed = [0] * 4, 0
+    next_kill = 15
+    give_up = time.monotonic() + 200
+    try:
+        while any(process.poll() is None for process in ranks):
+            assert time.monotonic() < give_up, said(ranks)
+            rows = log_rows(run)[-1]["step"] if (run / "train_log.jsonl").exists() and (run / "train_log.jsonl").stat().st_size else 0
+            if killed < num_kills and rows >= next_kill:
+                victim = 0 if killed == 2 else draw.randrange(4)
+                if ranks[victim].poll() is None:
+                    os.kill(ranks[victim].pid, signal.SIGKILL)
+                    killed += 1
+                    next_kill = rows + draw.randrange(20, 50)
+            for rank, process in enumerate(ranks):
+                if process.poll() not in (None, 0):
+                    attempts[rank] += 1
+                    ranks[rank] = start(rank, attempts[rank])
+            time.sleep(0.02)
+    finally:
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+    assert [process.status for process in ranks] == [0] * 4, said(ranks)
+    assert killed == num_kills and len(list(stamps.glob("link*"))) == num_links
+    plain = undisturbed({**flags, "keep_checkpoints": 0}, tmp_path)
+    expected = dict(zip(range(1, 301), losses(plain), strict=True))
+    assert all(row["loss"] == expected[row["step"]] for row in log_rows(run))
+    assert equal_files(run / "300", plain / "300") == []
