@@ -41,7 +41,9 @@ class Keeping:
         companions = None if desk is None else step_companions(config, job.model, job.model_config, desk.encoder.folder)
 
         def saver(name: str, root: Path, found: Folders, keep: int) -> Saver:
-            options = SaveOptions(is_async=config.async_checkpoint, with_optimizer=config.checkpoint_optimizer, keep=keep)
+            options = SaveOptions(
+                is_async=config.async_checkpoint, with_optimizer=config.checkpoint_optimizer, keep=keep, is_snapshot=name == "rescue"
+            )
             weights = step_weights(config, job.model, job.model_config)
             return Saver(job, found, root, self._stage, self._optimizer, options, weights=weights, companions=companions, name=name)
 

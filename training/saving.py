@@ -52,6 +52,7 @@ class SaveOptions:
     is_async: bool
     with_optimizer: bool
     keep: int
+    is_snapshot: bool = False  # of those nobody needs to hear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,7 @@ class Saver:
             trainer=None if trainer is None else self._completed(step, position, trainer),
             companions=self._companions,
             keep=self._options.keep,
+            log_level=logging.DEBUG if self._options.is_snapshot else logging.INFO,
             best=best,
             stood_still_s=time.perf_counter() - started if is_async else None,
         )
@@ -224,6 +226,7 @@ class _StepSave:
     trainer: dict[str, Any] | None
     companions: Mapping[str, bytes]
     keep: int
+    log_level: int
     best: Best | None
     stood_still_s: float | None  # of the training, before the writing; None: as long as it takes
 
@@ -263,7 +266,7 @@ class _StepSave:
             still = "meanwhile" if self.stood_still_s is None else f"for {self.stood_still_s:.2g} s"
             old = f"; removed {', '.join(removed)}" if removed else ""
             written = f"{tqdm.format_sizeof(size, 'B')} in {seconds:.1f} s"
-            log.info("saved %s (%s; training stood still %s%s)", self.writer.final, written, still, old)
+            log.log(self.log_level, "saved %s (%s; training stood still %s%s)", self.writer.final, written, still, old)
 
     def _name_best(self) -> None:
         """Behind the commit, so that best.json never names a step that does not exist."""
@@ -300,10 +303,10 @@ class _StepSave:
         except StepNotSaved as error:  # another rank's failure, which this one waited for
             outcome = {"failed": str(error)}
         except UserError as error:
-            outcome = {"failed": f"{self.job.place.in_words} on host {self._host}: {error}"}
+            outcome = {"failed": f"{self.job.peer_names[self.job.place.rank]}: {error}"}
         except Exception as error:  # whatever a filesystem or a defect of ours comes up with costs this checkpoint and not the training
             log.error("%s", traceback.format_exc())
-            outcome = {"failed": f"{self.job.place.in_words} on host {self._host}: {type(error).__name__}: {error}"}
+            outcome = {"failed": f"{self.job.peer_names[self.job.place.rank]}: {type(error).__name__}: {error}"}
         self.store.set(f"{name}/{self.job.place.rank}", json.dumps(outcome))
 
     def _outcomes(self, name: str, ranks: Sequence[int]) -> dict[int, Any]:
@@ -315,10 +318,6 @@ class _StepSave:
         if failed:
             raise StepNotSaved(failed[0])
         return {rank: outcome["result"] for rank, outcome in outcomes.items()}
-
-    @property
-    def _host(self) -> str:
-        return str(self.job.roster[self.job.place.rank]["host"])
 
     @property
     def _num_bytes(self) -> int:
