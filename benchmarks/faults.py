@@ -4,7 +4,8 @@
 
 Ranks are processes of their own, as users start them; a restart therefore counts the seconds in which Python imports torch.
 
-"detection": from SIGKILL (or SIGSTOP) of one rank to the end of every other one. "recovery": from SIGKILL to the next row of train_log.jsonl,
+"detection": from SIGKILL (or SIGSTOP) of one rank to the end of every other one. "recovery": from SIGKILL to the next row of "
+"train_log.jsonl,
 and how many steps had to be done again; "supervised" goes on from checkpoints every --checkpoint-steps, "rescue" from snapshots in memory,
 "replica" without the lost replica. "goodput": the highest step that is reached in --seconds, with a SIGKILL of a random rank every --every
 seconds, as a share of an undisturbed run's, for --supervise with snapshots and for torchrun with checkpoints, in turn (--rounds)."""
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Job:
         found = []
         for process in self.processes:
             for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-                with _gone():
+                with suppress(psutil.NoSuchProcess):
                     command = one.cmdline()
                     if any(part.endswith("dist_clm_train.py") for part in command[1:3]) and "supervise.py" not in " ".join(command):
                         found.append(one)
@@ -87,20 +88,12 @@ class Job:
 
     def end(self) -> None:
         for process in self.processes:
-            with _gone():
+            with suppress(psutil.NoSuchProcess):
                 for child in psutil.Process(process.pid).children(recursive=True):
-                    with _gone():
+                    with suppress(psutil.NoSuchProcess):
                         child.kill()
             process.kill()
             process.wait()
-
-
-@contextmanager
-def _gone() -> Iterator[None]:
-    try:
-        yield
-    except psutil.NoSuchProcess:
-        pass
 
 
 @contextmanager

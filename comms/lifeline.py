@@ -48,7 +48,17 @@ class Trouble:
 class Lifeline:
     """The connection of one rank to the hub at ``address``, from join() to finish() or leave()."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, *, deadline_s: float, peer_timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        secret: Secret,
+        *,
+        deadline_s: float,
+        peer_timeout_s: float | None = None,
+        is_known: bool = False,
+    ) -> None:
+        """is_known: this process has met rank 0 there before, so that a connection which ends means an old meeting that is being closed."""
+        self._is_known = is_known
         self._address, self._secret, self._deadline_s = address, secret, deadline_s
         self._silent_s = silent_after_s(peer_timeout_s)
         self._host_said, self._heard_at = "", time.monotonic()
@@ -61,18 +71,26 @@ class Lifeline:
     def _place(self) -> str:
         return f"tcp://{self._address[0]}:{self._address[1]}"
 
-    def join(self, hello: Hello, on_wait: Callable[[str], None] = lambda text: None, *, refused_s: float = math.inf) -> dict[str, Any]:
+    def join(
+        self,
+        hello: Hello,
+        on_wait: Callable[[str], None] = lambda text: None,
+        *,
+        refused_s: float = math.inf,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
         """Say hello and wait for the verdict. Returns what the hub says once all ranks are there: the roster, checked entry by entry.
 
         on_wait: called with the reason where the job goes on without this rank for now; then there is no deadline. refused_s: seconds after
         which a machine that refuses connections to the door has no rank 0 any more. Raises UserError: nobody answers, a foreign program
-        answers, the secret is another one, the job was refused, or rank 0 went away; PeerLost after refused_s.
+        answers, the secret is another one, the job was refused, or rank 0 went away; PeerLost after refused_s; KeyboardInterrupt when
+        is_asked_to_stop() turns true meanwhile.
         """
         give_up = time.monotonic() + self._deadline_s
         while True:
-            self._connection = self._connect(give_up, refused_s)
+            self._connection = self._connect(give_up, refused_s, is_asked_to_stop)
             try:
-                formed = self._say_hello(hello.signed(self._secret), on_wait)
+                formed = self._say_hello(hello.signed(self._secret), on_wait, is_asked_to_stop)
                 break
             except _MeetAgain as again:
                 self._connection.close()
@@ -89,13 +107,14 @@ class Lifeline:
             )
         return formed
 
-    def _say_hello(self, hello: Hello, on_wait: Callable[[str], None]) -> dict[str, Any]:
+    def _say_hello(self, hello: Hello, on_wait: Callable[[str], None], is_asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
         assert self._connection is not None, "connected by join()"
         keep_alive(self._connection)
         self._lines = _Lines(self._connection)
         self._connection.settimeout(GREETING_TIMEOUT_S)
         self._session = self._shake_hands(hello.in_words)
         has_waited = False
+        may_retry = self._is_known
         give_up = time.monotonic() + self._deadline_s + VERDICT_MARGIN_S
         self._connection.settimeout(max(VERDICT_MARGIN_S, self._silent_s))  # the hub ticks while it waits, too
         try:
@@ -103,9 +122,9 @@ class Lifeline:
             while True:
                 said = self._read()
                 if said is None:
-                    if has_waited:
-                        raise _MeetAgain(False)
-                    raise UserError(f"rank 0 at {self._place} went away while the ranks were meeting; see its output")
+                    raise ConnectionError("it has ended the connection")
+                if is_asked_to_stop():
+                    raise KeyboardInterrupt
                 if "tick" in said:
                     if not has_waited and time.monotonic() > give_up:
                         raise UserError(f"rank 0 at {self._place} lives and came to no verdict; see its output")
@@ -113,16 +132,19 @@ class Lifeline:
                 elif "again" in said:
                     raise _MeetAgain(True)
                 elif "wait" in said:
-                    has_waited = True
+                    has_waited = may_retry = True
                     on_wait(str(said["wait"]))
                 elif "refused" in said:
                     raise _refused(str(said["refused"]), restart_helps=bool(said.get("restart_helps")))
                 else:
                     return _checked_formed(said, hello.rank)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
-            if has_waited:
+            if may_retry:
                 raise _MeetAgain(False) from error
-            raise UserError(f"rank 0 at {self._place} stopped answering while the ranks were meeting ({error}); see its output") from error
+            text = f"rank 0 at {self._place} stopped answering while the ranks were meeting ({error}); see its output"
+            raise _refused(text, restart_helps=True) from error
 
     def _shake_hands(self, who: str) -> Session:
         try:
@@ -131,10 +153,15 @@ class Lifeline:
                 raise _MeetAgain(False)  # the old door was closing
             reply = Reply(self._secret, "rank", who, greeting)
             self._send(reply.line)
-            session = reply.session(self._lines.next())
+            answer = self._lines.next()
+            if not answer:
+                raise _MeetAgain(False)
+            session = reply.session(answer)
         except (ConnectionResetError, BrokenPipeError) as error:
             raise _MeetAgain(False) from error
         except (OSError, ValueError) as error:
+            if self._is_known:
+                raise _MeetAgain(False) from error
             raise self._foreign() from error
         if session is None:
             raise NotLetIn(
@@ -237,9 +264,11 @@ class Lifeline:
                 self._connection.shutdown(socket.SHUT_RDWR)
             self._connection.close()
 
-    def _connect(self, give_up: float, refused_s: float) -> socket.socket:
+    def _connect(self, give_up: float, refused_s: float, is_asked_to_stop: Callable[[], bool]) -> socket.socket:
         began = time.monotonic()
         while True:
+            if is_asked_to_stop():
+                raise KeyboardInterrupt
             try:
                 return socket.create_connection(self._address, timeout=max(0.1, min(5.0, give_up - time.monotonic())))
             except OSError as error:

@@ -210,3 +210,25 @@ def test_ten_faults_at_random_cost_no_bit(flags: dict[str, Any], tmp_path: Path)
     expected = dict(zip(range(1, 301), losses(plain), strict=True))
     assert all(row["loss"] == expected[row["step"]] for row in log_rows(run))
     assert equal_files(run / "300", plain / "300") == []
+
+
+def test_ranks_that_wait_for_a_lost_one_can_be_stopped(flags: dict[str, Any], tmp_path: Path) -> None:
+    stamp = tmp_path / "fired"
+    fault = plant(Fault.KILL, "backward", 3, stamp)
+
+    def before(rank: int) -> None:
+        supervised(0)(rank)
+        fault(rank)
+
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", before)
+    others = ranks[:3]
+    try:
+        wait_until(lambda: all("All ranks meet again" in process.text for process in others), 60, ranks)
+        time.sleep(0.5)
+        for process in others:
+            os.kill(process.pid, signal.SIGTERM)
+        assert [process.wait(20) for process in others] == [130] * 3, said(others)
+        assert "interrupted" in others[0].text
+    finally:
+        for process in ranks:
+            process.kill()

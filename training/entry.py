@@ -73,7 +73,7 @@ def train_rank(config: Config) -> None:
     """One rank of a training, from meeting the others to parting. Raises UserError, PeerLost."""
     set_up_logging(f"rank{config.rank}")
     with StopRequest() as stop_request:
-        Rounds(config, Supervised.from_environment()).run(stop_request)
+        Rounds(config, Supervised.from_environment(), stop_request).run()
 
 
 def make_config(settings: type[Any], flags: dict[str, Any]) -> Any:

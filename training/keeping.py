@@ -56,8 +56,11 @@ class Keeping:
         was_cut_off = self._checkpoints.give_up()
         if self._rescue is not None:
             self._rescue.give_up()
-        if any(all_say(job, job.store, "saves cut off", was_cut_off)):
+        said = all_say(job, job.store, "saves cut off", [was_cut_off, self.saved_step])
+        if any(was_cut_off for was_cut_off, _ in said):
             self._owes_save, self.saved_step = True, None
+        else:
+            self.saved_step = said[0][1]  # rank 0 has waited for every host's part; others may not have come to that save
 
     def prepare(self) -> None:
         """After an update: see Saver.prepare()."""

@@ -96,7 +96,7 @@ class Trainer:
         self._last_feed: StepFeed | None = None
         saved_step = start.step if start.point is not None and not start.is_rescue else None
         self._keeping = Keeping(config, self._stage, self._optimizer, saved_step)
-        self._is_described = False
+        self._is_described = self._is_best = False
         self._limits = limits
         self._standing = Standing(optimizer_step=self._optimizer_step, decision=None, settled=self._optimizer_step)
         self._open_step: _OpenStep | None = None
@@ -161,7 +161,7 @@ class Trainer:
         if self._profiler is not None:
             log.warning("the profile is given up: it cannot go on over a meeting")
             self._profiler = None
-        self._standing = dataclasses.replace(self._standing, settled=ground.settled)
+        self._standing = dataclasses.replace(self._standing, settled=ground.settled, evaluated=ground.evaluated)
         self._keeping.make_up(job)
         self._connect(job, folders, rescue)
 
@@ -284,8 +284,13 @@ class Trainer:
         if not self._skipped.in_a_row:
             self._keeping.prepare()
         is_last = self._optimizer_step >= self._num_updates
-        is_best = self._evaluate() if self._validation and self._validation.is_due(before, self._step, is_last=is_last) else False
-        if is_best or self._keeping.is_due(before, self._step):
+        if self._validation and self._validation.is_due(before, self._step, is_last=is_last):
+            if self._standing.evaluated != self._optimizer_step:  # else it ended before the ranks had to meet again
+                self._is_best = self._evaluate()
+            self._standing = dataclasses.replace(self._standing, evaluated=self._optimizer_step)
+        else:
+            self._is_best = False
+        if (self._is_best or self._keeping.is_due(before, self._step)) and self._keeping.saved_step != self._step:
             self._save(is_last=is_last)
         if self._skipped.are_too_many:
             self._keeping.wait()

@@ -72,8 +72,16 @@ class Meetings:
     """All meetings of one process in one job. goes_on: whether a broken link or a lost rank may end in another meeting; else the job
     ends."""
 
-    def __init__(self, config: Config, *, goes_on: bool, returns: Return | None = None) -> None:
-        self._config, self._returns = config, returns or Return()
+    def __init__(
+        self,
+        config: Config,
+        *,
+        goes_on: bool,
+        returns: Return | None = None,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """is_asked_to_stop: while ranks wait for each other; KeyboardInterrupt is raised then."""
+        self._config, self._returns, self._is_asked_to_stop = config, returns or Return(), is_asked_to_stop
         self._wants_to_go_on = goes_on and config.world_size != 1
         self.spans = Spans()
         self._goes_on = False
@@ -108,10 +116,21 @@ class Meetings:
             raise
         door = host.door if host is not None else find_door(config.door, timeout)
         address = (door.host, door.port)
-        lifeline = Lifeline(address, self._secret, deadline_s=self._deadline_s, peer_timeout_s=config.peer_timeout_s)
+        lifeline = Lifeline(
+            address,
+            self._secret,
+            deadline_s=self._deadline_s,
+            peer_timeout_s=config.peer_timeout_s,
+            is_known=self._number + self._returns.attempt > 0,
+        )
         hello = make_hello(config, facts, problem=None, comes_back=self._returns.comes_back, attempt=self._returns.attempt)
         try:
-            formed = lifeline.join(hello, on_wait=lambda text: log.info("%s", text), refused_s=self._refused_s)
+            formed = lifeline.join(
+                hello,
+                on_wait=lambda text: log.info("%s", text),
+                refused_s=self._refused_s,
+                is_asked_to_stop=self._is_asked_to_stop,
+            )
         except UserError as error:
             if host is not None:
                 linger(host.hub, error, TELL_OTHERS_S)
@@ -174,6 +193,10 @@ class Meetings:
             raise MeetAgain(trouble.text) from error
         trace = "" if isinstance(error, (UserError, PeerLost)) else "".join(traceback.format_exception(error))
         lifeline.report_failure(_reason(error), restart_helps=not isinstance(error, UserError), trace=trace)
+        if isinstance(error, UserError) and lifeline.trouble(0.0) is not None:  # the others are on their way to the next meeting
+            if host is not None:
+                host.hub.close()
+            tell_others(self._config, error, TELL_OTHERS_S)
         if host is not None:
             host.hub.wait_until_loss_told(TELL_LOSS_S)
         if self._config.world_size == 1:  # a program may go on; a rank that others wait for may not, and would wait for them here

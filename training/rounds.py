@@ -43,10 +43,11 @@ MOST_REPLAYS = 5  # meetings in a row from which no optimizer step comes
 class Rounds:
     """One rank's training. run() is its whole life."""
 
-    def __init__(self, config: Config, supervised: Supervised | None) -> None:
+    def __init__(self, config: Config, supervised: Supervised | None, stop_request: StopRequest) -> None:
         self._config, self._supervised = config, supervised
         returns = Return(comes_back=supervised is not None, attempt=supervised.attempt if supervised is not None else 0)
-        self._meetings = Meetings(config, goes_on=True, returns=returns)
+        self._meetings = Meetings(config, goes_on=True, returns=returns, is_asked_to_stop=lambda: stop_request.name is not None)
+        self._stop_request = stop_request
         self._trainer: Trainer | None = None
         self._folders: Folders | None = None
         self._rescue: Folders | None = None
@@ -56,13 +57,13 @@ class Rounds:
         self._run_token: str | None = None  # on rank 0: what marks the steps of this run
         self._num_replays = 0
 
-    def run(self, stop_request: StopRequest) -> None:
+    def run(self) -> None:
         """Train to the end. Raises UserError, PeerLost."""
         with contextlib.closing(self):
             while True:
                 try:
                     with self._meetings.meet() as job:
-                        self._one_meeting(job, stop_request)
+                        self._one_meeting(job)
                     return
                 except MeetAgain as again:
                     self._lost_at = self._lost_at or time.time()
@@ -76,7 +77,7 @@ class Rounds:
         self._held.close()
         self._held = ExitStack()
 
-    def _one_meeting(self, job: Job, stop_request: StopRequest) -> None:
+    def _one_meeting(self, job: Job) -> None:
         config, place = self._config, job.place
         assert config.rank is not None and config.data_group_size is not None, "complete() filled these in"
         set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
@@ -96,7 +97,7 @@ class Rounds:
         assert self._trainer is not None, "built or kept"
         self._trainer.replica_is_back = self._meetings.replica_is_back
         self._trainer.on_step = self._on_step
-        self._trainer.run(stop_request)
+        self._trainer.run(self._stop_request)
 
     @property
     def _root(self) -> Path:

@@ -14,16 +14,18 @@ from optim.decide import StepDecision, Wishes
 @dataclass(frozen=True, kw_only=True)
 class Standing:
     """Of one rank. optimizer_step: the last one whose update it has done; decision: of that step, None before the first one here;
-    settled: the last step behind which all is done that comes behind a step (evaluation, checkpoint)."""
+    settled: the last step behind which all is done that comes behind a step (evaluation, checkpoint); evaluated: the last step behind
+    which an evaluation has ended."""
 
     optimizer_step: int
     decision: StepDecision | None
     settled: int
+    evaluated: int = -1
 
     def as_json(self) -> dict[str, Any]:
         """For all_say()."""
         decision = None if self.decision is None else asdict(self.decision)
-        return {"optimizer_step": self.optimizer_step, "decision": decision, "settled": self.settled}
+        return {"optimizer_step": self.optimizer_step, "decision": decision, "settled": self.settled, "evaluated": self.evaluated}
 
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> "Standing":
@@ -31,17 +33,18 @@ class Standing:
         decision = said["decision"]
         if decision is not None:
             decision = StepDecision(**{**decision, "wishes": Wishes(**decision["wishes"]), "sums": tuple(decision["sums"])})
-        return cls(optimizer_step=said["optimizer_step"], decision=decision, settled=said["settled"])
+        return cls(**{**said, "decision": decision})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommonGround:
-    """Equal on all ranks. optimizer_step: where all stand once those one step behind have made up for it with ``decision``; settled: as
-    Standing, of all."""
+    """Equal on all ranks. optimizer_step: where all stand once those one step behind have made up for it with ``decision``; settled,
+    evaluated: as in Standing, of all."""
 
     optimizer_step: int
     decision: StepDecision | None
     settled: int
+    evaluated: int
 
 
 def common_ground(standings: Sequence[Standing | None]) -> CommonGround | None:
@@ -58,4 +61,5 @@ def common_ground(standings: Sequence[Standing | None]) -> CommonGround | None:
         optimizer_step=first.optimizer_step,
         decision=first.decision,
         settled=-1 if behind else min(standing.settled for standing in known),
+        evaluated=min(standing.evaluated for standing in known),
     )
