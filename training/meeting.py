@@ -30,6 +30,7 @@ from comms.links import PeerLost
 from comms.members import still_runs
 from comms.place import place_of, whole_replicas
 from comms.rendezvous import Door, agent_store, check_door_is_here, listen
+from comms.roster import Hello
 from comms.secret import Secret
 from comms.spans import Spans
 from comms.store_tunnel import StoreTunnel, join_store, serve_store
@@ -58,6 +59,18 @@ class _Host:
     door: Door
     hub: Hub
     store: dist.TCPStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arrival:
+    """A rank whose job has formed. host: on rank 0; formed: what the hub said."""
+
+    facts: LocalFacts
+    host: _Host | None
+    address: tuple[str, int]
+    lifeline: Lifeline
+    hello: Hello
+    formed: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +112,46 @@ class Meetings:
         """Collective over all ranks: the job, formed. On leaving the block without an error the ranks part for good; with one, the others
         are told, unless the error came of a trouble after which all meet again: then MeetAgain is raised instead.
 
-        Raises UserError: this rank's own problem, or what the hub says of another's.
+        Raises UserError: this rank's own problem, or what the hub says of another's. PeerLost where rank 0 is gone; KeyboardInterrupt.
         """
+        arrived = self._arrive()
+        facts, host, lifeline = arrived.facts, arrived.host, arrived.lifeline
+        assert self._secret is not None, "found on arrival"
+        connections = Connections(turns_strangers_away=facts.backend == "gloo")
+        tunnel = StoreTunnel(arrived.address, self._secret, arrived.hello.in_words)
+
+        def on_trouble(trouble: Trouble) -> None:
+            if not (trouble.meets_again and self._goes_on):
+                end_process(facts, self.spans, trouble)
+            log.warning("%s", f"{trouble.text.rstrip('.')}. All ranks meet again")
+            connections.break_all()
+            tunnel.close()
+
+        def host_lives() -> bool:
+            """Known on its own host alone; another one's kernel closes connections of dead processes only."""
+            entry = arrived.formed["roster"][0]
+            return entry["host_id"] == arrived.hello.host_id and still_runs(entry["pid"])
+
+        host_returns = self._expect_again(arrived.formed)
+        lifeline.watch(on_trouble, lambda: self.spans.beat, host_returns=host_returns, host_lives=host_lives)
+        try:
+            job = self._form(facts, arrived.formed["roster"], join_store(tunnel), lifeline, connections)
+            self._number += 1
+            self.replica_is_back = (lambda: host.hub.replica_is_back) if host is not None else (lambda: False)
+            yield job
+            self.spans.enter_phase("waiting for the others to end")
+            lifeline.finish()
+        except BaseException as error:
+            self._part_in_trouble(error, lifeline, host)
+            raise
+        finally:
+            tunnel.close()
+        _leave_groups()
+        if host is not None:
+            host.hub.close()
+
+    def _arrive(self) -> _Arrival:
+        """At the door, until all ranks are there. Raises UserError, PeerLost, KeyboardInterrupt."""
         config = self._config
         timeout = timedelta(seconds=config.rendezvous_timeout)
         try:
@@ -116,13 +167,8 @@ class Meetings:
             raise
         door = host.door if host is not None else find_door(config.door, timeout)
         address = (door.host, door.port)
-        lifeline = Lifeline(
-            address,
-            self._secret,
-            deadline_s=self._deadline_s,
-            peer_timeout_s=config.peer_timeout_s,
-            is_known=self._number + self._returns.attempt > 0,
-        )
+        is_known = self._number + self._returns.attempt > 0
+        lifeline = Lifeline(address, self._secret, deadline_s=self._deadline_s, peer_timeout_s=config.peer_timeout_s, is_known=is_known)
         hello = make_hello(config, facts, problem=None, comes_back=self._returns.comes_back, attempt=self._returns.attempt)
         try:
             formed = lifeline.join(
@@ -135,42 +181,16 @@ class Meetings:
             if host is not None:
                 linger(host.hub, error, TELL_OTHERS_S)
             raise
-        connections = Connections(turns_strangers_away=facts.backend == "gloo")
-        tunnel = StoreTunnel(address, self._secret, hello.in_words)
+        return _Arrival(facts=facts, host=host, address=address, lifeline=lifeline, hello=hello, formed=formed)
 
-        def on_trouble(trouble: Trouble) -> None:
-            if not (trouble.meets_again and self._goes_on):
-                end_process(facts, self.spans, trouble)
-            log.warning("%s", f"{trouble.text.rstrip('.')}. All ranks meet again")
-            connections.break_all()
-            tunnel.close()
-
+    def _expect_again(self, formed: dict[str, Any]) -> bool:
+        """What the next meeting is given, if there is one; whether to wait for rank 0 to open it where that is lost."""
+        config = self._config
         host_returns = self._goes_on and (bool(formed["host_comes_back"]) or config.allow_replica_loss)
         self._refused_s = math.inf if host_returns else REFUSED_S
         if not any(entry["comes_back"] for entry in formed["roster"]) and not config.allow_replica_loss:
             self._deadline_s = min(config.rendezvous_timeout, self._link_back_s)  # nobody will be started anew
-        entry = formed["roster"][0]
-
-        def host_lives() -> bool:
-            """Known on its own host alone; another one's kernel closes connections of dead processes only."""
-            return entry["host_id"] == hello.host_id and still_runs(entry["pid"])
-
-        lifeline.watch(on_trouble, lambda: self.spans.beat, host_returns=host_returns, host_lives=host_lives)
-        try:
-            job = self._form(facts, formed["roster"], join_store(tunnel), lifeline, connections)
-            self._number += 1
-            self.replica_is_back = (lambda: host.hub.replica_is_back) if host is not None else (lambda: False)
-            yield job
-            self.spans.enter_phase("waiting for the others to end")
-            lifeline.finish()
-        except BaseException as error:
-            self._part_in_trouble(error, lifeline, host)
-            raise
-        finally:
-            tunnel.close()
-        _leave_groups()
-        if host is not None:
-            host.hub.close()
+        return host_returns
 
     def _part_in_trouble(self, error: BaseException, lifeline: Lifeline, host: _Host | None) -> None:
         """Raises MeetAgain where the job goes on."""
