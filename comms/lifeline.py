@@ -171,16 +171,28 @@ class Lifeline:
         return session
 
     def watch(
-        self, on_trouble: Callable[[Trouble], None], beat: Callable[[], Beat], *, host_returns: bool, host_lives: Callable[[], bool]
+        self,
+        on_trouble: Callable[[Trouble], None],
+        beat: Callable[[], Beat],
+        *,
+        host_returns: bool,
+        host_lives: Callable[[], bool],
+        outlasts_silence: bool = False,
+        host_in_words: str = "rank 0",
     ) -> None:
         """Listen and send beats from now on; ``on_trouble`` is called, on the listening thread and at most once. host_returns: whether to
         wait for rank 0 to open another meeting where it falls silent or dies; host_lives: asked where the connection ends as that of a
-        dead process does."""
+        dead process does; outlasts_silence: whether to come to another meeting after silence alone; host_in_words: how messages name it."""
         self._heard_at = time.monotonic()
-        threading.Thread(target=self._watch, args=(on_trouble, host_returns, host_lives), name="lifeline", daemon=True).start()
+        self._host = f"{host_in_words} at {self._place}"
+        threading.Thread(
+            target=self._watch, args=(on_trouble, host_returns, host_lives, outlasts_silence), name="lifeline", daemon=True
+        ).start()
         threading.Thread(target=self._keep_beating, args=(beat,), name="heartbeat", daemon=True).start()
 
-    def _watch(self, on_trouble: Callable[[Trouble], None], host_returns: bool, host_lives: Callable[[], bool]) -> None:
+    def _watch(
+        self, on_trouble: Callable[[Trouble], None], host_returns: bool, host_lives: Callable[[], bool], outlasts_silence: bool
+    ) -> None:
         assert self._connection is not None, "join() comes first"
         self._connection.settimeout(self._silent_s)
         trouble = None
@@ -188,9 +200,9 @@ class Lifeline:
             try:
                 said = self._read()
                 if said is None:
-                    text = f"rank 0 at {self._place} is gone, {self._host_last}"
+                    text = f"{self._host} is gone, {self._host_last}"
                     if not host_returns and host_lives():
-                        text = f"the connection to rank 0 at {self._place} ended, {self._host_last}"
+                        text = f"the connection to {self._host} ended, {self._host_last}"
                         host_returns = True
                     trouble = Trouble(text=text, meets_again=host_returns)
                 elif "tick" in said:
@@ -207,13 +219,14 @@ class Lifeline:
                 if (
                     time.monotonic() - self._heard_at < 2 * self._silent_s
                 ):  # else this process itself slept: what came meanwhile is read first
-                    text = (
-                        f"rank 0 at {self._place} has given no sign of life for {self._silent_s:.0f} s (--peer-timeout), {self._host_last}"
+                    text = f"{self._host} has given no sign of life for {self._silent_s:.0f} s (--peer-timeout), {self._host_last}"
+                    trouble = Trouble(
+                        text=f"{text}. Its machine may be suspended, or the network between cut",
+                        meets_again=host_returns or outlasts_silence,
                     )
-                    trouble = Trouble(text=f"{text}. Its machine may be suspended, or the network between cut", meets_again=host_returns)
                 self._heard_at = time.monotonic()
             except (OSError, ValueError) as error:
-                trouble = Trouble(text=f"the connection to rank 0 at {self._place} broke ({error}), {self._host_last}", meets_again=True)
+                trouble = Trouble(text=f"the connection to {self._host} broke ({error}), {self._host_last}", meets_again=True)
         if self._ended.is_set():
             return
         self._trouble = trouble

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness import Process
 
 from checkpoint.layer_store import StepWriter
 from comms.connections import Connections
+from data_parallel import allreduce
 from data_parallel.allreduce import GradientBuckets
+from modules.stage import Stage
 from optim.build import AdamW
 from pipeline_parallel.engine import PipelineEngine
-from training import loop, meeting, trained
+from training import gradient, loop, meeting, trained
 from training.evaluator import Evaluator
 
 SAYS_SO_S = 1.3  # a beat goes out every half second: by then the hub knows what the victim is in
@@ -36,23 +39,28 @@ class Fault(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Where: the ``call``-th call of ``owner.name`` on the victim. says: what messages call it."""
+    """Where: in the ``call``-th call of ``owner.name`` on the victim; if given, in the first call of ``inner`` (owner, name) within that,
+    which is inside of the span. says: what messages call it."""
 
     owner: Any
     name: str
     call: int
     says: str
+    inner: tuple[Any, str] | None = None
 
 
 PHASES = {
     "rendezvous": Phase(owner=meeting.Meetings, name="_form", call=1, says="starting"),
     "loading": Phase(owner=trained, name="load_weights", call=1, says="loading weights"),
-    "forward": Phase(owner=PipelineEngine, name="_forward", call=6, says="step 3, "),
-    "backward": Phase(owner=PipelineEngine, name="_backward", call=6, says="step 3, "),
-    "allreduce": Phase(owner=GradientBuckets, name="finish", call=3, says="step 3, "),
-    "agreeing": Phase(owner=loop.GlobalGradient, name="scale_as_decided", call=3, says="step 3, "),
+    "forward": Phase(owner=PipelineEngine, name="_forward", call=6, says="step 3, forward of micro-batch 1", inner=(Stage, "forward")),
+    "backward": Phase(
+        owner=PipelineEngine, name="_backward", call=6, says="step 3, backward of micro-batch 1", inner=(torch.Tensor, "backward")
+    ),
+    "allreduce": Phase(owner=GradientBuckets, name="finish", call=3, says="step 3, allreduce", inner=(allreduce, "naming_the_peer")),
+    "agreeing": Phase(owner=loop.GlobalGradient, name="compute", call=3, says="step 3, agreeing", inner=(gradient, "decide_step")),
+    "decided": Phase(owner=loop.GlobalGradient, name="scale_as_decided", call=3, says="step 3, "),
     "optimizer": Phase(owner=AdamW, name="step", call=3, says="step 3, update"),
-    "saving": Phase(owner=StepWriter, name="write_layer", call=3, says="step "),
+    "saving": Phase(owner=StepWriter, name="write_layer", call=3, says="step 3, saving a checkpoint"),
     "evaluation": Phase(owner=Evaluator, name="mean_loss", call=1, says="step 4, evaluating"),
     "last step": Phase(owner=loop.GlobalGradient, name="forget", call=8, says="step 8, update"),
 }
@@ -65,16 +73,32 @@ def plant(fault: Fault, phase: str, victim: int, stamp: Path) -> Callable[[int],
     def before(rank: int) -> None:
         made: list[Connections] = []
         keep_connections(made)
-        original, calls = getattr(where.owner, where.name), 0
+        if rank != victim:
+            return
+        original, calls, is_armed = getattr(where.owner, where.name), 0, False
 
-        def fatal(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls, is_armed
             calls += 1
-            if rank == victim and calls == where.call and not stamp.exists():
-                fire(fault, stamp, made)
+            if calls == where.call and not stamp.exists():
+                if where.inner is None:
+                    fire(fault, stamp, made)
+                is_armed = where.inner is not None
             return original(*args, **kwargs)
 
-        setattr(where.owner, where.name, fatal)
+        setattr(where.owner, where.name, counted)
+        if where.inner is None:
+            return
+        inside = getattr(*where.inner)
+
+        def fatal(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_armed
+            if is_armed:
+                is_armed = False
+                fire(fault, stamp, made)
+            return inside(*args, **kwargs)
+
+        setattr(*where.inner, fatal)
 
     return before
 

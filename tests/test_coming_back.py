@@ -143,14 +143,15 @@ def test_a_replica_is_gone_without_and_taken_back(
     assert {row["target_tokens"] for row in ours} != {0}
 
 
-def test_the_replica_of_rank_0_cannot_be_missed(flags: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_replica_of_rank_0_cannot_be_missed(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
     flags |= {"allow_replica_loss": True}
     stamp = tmp_path / "fired"
-    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", plant(Fault.KILL, "backward", 1, stamp))
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", plant(Fault.KILL, "backward", victim, stamp))
     all_end(ranks, 90)
     assert stamp.exists()
-    assert [process.status for process in ranks] == [75, -signal.SIGKILL, 75, 75], said(ranks)
-    assert "rank 1 (stage 1 of 2, replica 0 of 2) is gone" in ranks[3].text
+    assert [process.status for process in ranks] == [-signal.SIGKILL if rank == victim else 75 for rank in range(4)], said(ranks)
+    assert f"rank {victim} (stage {victim} of 2, replica 0 of 2)" in ranks[3].text
 
 
 def break_links_sometimes(seed: int, attempt: int, num: int, stamps: Path) -> Callable[[int], None]:

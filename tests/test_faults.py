@@ -77,7 +77,7 @@ def test_a_killed_rank_is_named_by_all_others_with_what_it_was_doing(
         if victim > 0:
             assert f"{named(victim)} is gone: process {processes[victim].pid} on host {host}" in process.text, process.text
         else:
-            assert f"rank 0 at tcp://127.0.0.1:{port}" in process.text, process.text
+            assert f"{named(0)} on host {host}, at tcp://127.0.0.1:{port} is gone" in process.text, process.text
         assert re.search(rf"last heard of \d\.\d s ago.* in {re.escape(PHASES[phase].says)}", process.text), process.text
         assert "resumes from its newest checkpoint" in process.text
     assert not [c for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN]
@@ -96,7 +96,7 @@ def test_a_frozen_rank_is_given_up_by_all_others_and_ends_when_it_wakes(
         assert time.monotonic() - frozen_at < 3 + 6
         for process in others:
             assert process.status == 75 and "no sign of life for" in process.text, said(processes)
-            assert (named(victim) if victim else "rank 0 at tcp://") in process.text
+            assert named(victim) in process.text
             assert PHASES[phase].says in process.text
         os.kill(processes[victim].pid, signal.SIGCONT)
         assert processes[victim].wait(20) != 0
@@ -115,6 +115,18 @@ def test_a_rank_that_lives_and_does_not_get_on_is_named(victim: int, flags: dict
         assert process.status == 75, said(processes)
         assert f"{named(victim)} on host" in process.text and "lives but has not got on for" in process.text, process.text
         assert "step 3, update" in process.text
+
+
+@pytest.mark.parametrize(("phase", "victim"), [("forward", 1), ("loading", 0), ("agreeing", 2)])
+def test_an_exception_of_a_users_code_is_shown_there_and_on_rank_0(phase: str, victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
+    processes, stamp, _ = start(flags, tmp_path, Fault.RAISE, phase, victim)
+    all_end(processes, 60)
+    assert stamp.exists()
+    for rank, process in enumerate(processes):
+        assert process.status == (70 if rank == victim else 75), said(processes)
+        assert "ZeroDivisionError: a task of the user's" in process.text
+        assert ("Traceback" in process.text) == (rank in (0, victim)), process.text
+        assert rank == victim or named(victim) in process.text
 
 
 @pytest.mark.parametrize("victim", [0, 2])

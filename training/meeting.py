@@ -133,7 +133,15 @@ class Meetings:
             return entry["host_id"] == arrived.hello.host_id and still_runs(entry["pid"])
 
         host_returns = self._expect_again(arrived.formed)
-        lifeline.watch(on_trouble, lambda: self.spans.beat, host_returns=host_returns, host_lives=host_lives)
+        host_in_words = f"{facts.place.at(0).in_words} on host {arrived.formed['roster'][0]['host']},"
+        lifeline.watch(
+            on_trouble,
+            lambda: self.spans.beat,
+            host_returns=host_returns,
+            outlasts_silence=self._goes_on and self._config.allow_replica_loss,  # it may be this replica that is cut off
+            host_lives=host_lives,
+            host_in_words=host_in_words,
+        )
         try:
             job = self._form(facts, arrived.formed["roster"], join_store(tunnel), lifeline, connections)
             self._number += 1
@@ -186,7 +194,7 @@ class Meetings:
     def _expect_again(self, formed: dict[str, Any]) -> bool:
         """What the next meeting is given, if there is one; whether to wait for rank 0 to open it where that is lost."""
         config = self._config
-        host_returns = self._goes_on and (bool(formed["host_comes_back"]) or config.allow_replica_loss)
+        host_returns = self._goes_on and bool(formed["host_comes_back"])
         self._refused_s = math.inf if host_returns else REFUSED_S
         if not any(entry["comes_back"] for entry in formed["roster"]) and not config.allow_replica_loss:
             self._deadline_s = min(config.rendezvous_timeout, self._link_back_s)  # nobody will be started anew
