@@ -5,6 +5,7 @@
 #
 # Several hosts: the same command on each, with the host's own number:
 #   NNODES=2 NODE_RANK=0 MASTER_HOST=10.0.0.1 TASKS=mine.jsonl ... finetune_torchrun.sh      (NODE_RANK=1 on the other)
+# Put the job's secret into DIST_SECRET on each (docs/security.md), and give --net-interface wg0 where they meet through a tunnel.
 # The number of processes is NNODES x GPUS and must be a multiple of PIPELINE; the rest of it makes replicas. Further flags of
 # dist_clm_train.py may follow on the command line.
 set -euo pipefail
