@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_helpers import Fault, all_end, plant, said
+from fault_helpers import Fault, all_end, keep_connections, plant, said
 from harness import equal_files, free_port, launch, log_rows, losses, train, train_argv
 
 from comms.lifeline import Lifeline
 from pipeline_parallel.engine import PipelineEngine
+from training import loop
 from training.standing import Standing, common_ground
 
 STEPS = 8
@@ -143,3 +144,34 @@ def test_where_ranks_go_on_from() -> None:
     assert same is not None and (same.optimizer_step, same.settled) == (5, 4)
     behind = common_ground([standing(5), standing(4)])
     assert behind is not None and (behind.optimizer_step, behind.settled, behind.decision) == (5, -1, "decided")
+
+
+def test_a_link_that_breaks_while_a_resume_is_verified_costs_no_bit(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
+    """The batch of the proof is not trained on, however often it is read."""
+    flags = {**flags_in(tmp_path, model_folder, tasks), "verify_resume": True, "evaluation_data": None, "evaluation_steps": 0}
+    flags = {name: value for name, value in flags.items() if name != "max_eval_samples"}
+    common = {"pipeline_group_size": 2, "data_group_size": 1, "world_size": 2}
+    plain = tmp_path / "plain"
+    train(tmp_path / "ranks", stages=2, **{**flags, "checkpoint_path": plain, "lr_schedule": "constant"})
+    train(tmp_path / "ranks", stages=2, **{**flags, "total_steps": 3, "lr_schedule": "constant"})
+    again, stamp = {**grid({**flags, **common}), "lr_schedule": "constant"}, tmp_path / "fired"
+
+    def before(rank: int) -> None:
+        made: list[Any] = []
+        keep_connections(made)
+        check = loop.check_probe
+
+        def broken(*args: Any) -> None:
+            check(*args)
+            if not stamp.exists():
+                stamp.touch()
+                made[-1].break_all()
+
+        loop.check_probe = broken  # type: ignore[assignment]
+
+    ranks = launch(lambda rank: train_argv(**again, rank=rank), 2, tmp_path / "ranks", before)
+    all_end(ranks, 90)
+    assert stamp.exists() and [process.status for process in ranks] == [0, 0], said(ranks)
+    assert "All ranks meet again" in ranks[0].text
+    assert losses(tmp_path / "run") == losses(plain)
+    assert equal_files(tmp_path / "run" / str(STEPS), plain / str(STEPS)) == []

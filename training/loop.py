@@ -140,9 +140,9 @@ class Trainer:
         )
 
     @property
-    def standing(self) -> Standing:
-        """Where this rank stands, for the meeting after this one."""
-        return self._standing
+    def standing(self) -> Standing | None:
+        """Where this rank stands, for the meeting after this one; None while --verify-resume has not ended, which then begins again."""
+        return self._standing if self._probe is None else None
 
     def go_on(self, job: Job, ground: CommonGround, folders: Folders, rescue: Folders | None) -> None:
         """Collective over all ranks, in a new meeting: make up for the step that this rank alone may have missed, and connect anew.
@@ -157,7 +157,6 @@ class Trainer:
         self._open_step = None
         if self._desk is not None:
             self._desk.mixture.go_to(self._data_position)
-        self._probe = None
         if self._profiler is not None:
             log.warning("the profile is given up: it cannot go on over a meeting")
             self._profiler = None
@@ -176,6 +175,7 @@ class Trainer:
         self._feed.start()
         if self._probe is not None:
             self._verify_resume(self._probe)
+            self._probe = None
         stop_request.listen()
         if self._standing.settled != self._optimizer_step:
             self._settle(self._step - self._accumulate)

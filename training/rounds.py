@@ -82,7 +82,8 @@ class Rounds:
         assert config.rank is not None and config.data_group_size is not None, "complete() filled these in"
         set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
         job.spans.enter_phase("preparing data and checkpoints")
-        said = all_say(job, job.store, "standing", None if self._trainer is None else self._trainer.standing.as_json())
+        own = None if self._trainer is None else self._trainer.standing
+        said = all_say(job, job.store, "standing", None if own is None else own.as_json())
         standings = [None if one is None else Standing.from_json(one) for one in said]
         ground = common_ground(standings)
         if ground is not None and self._trainer is not None and self._folders is not None:
