@@ -272,7 +272,8 @@ class Hub:
         verdict, rank = self._verdict, member.hello.rank
         if verdict.waiting.get(rank) is member:
             del verdict.waiting[rank]
-            self._replica_is_back.clear()
+            if len(self._who_goes_on({*verdict.members, *verdict.waiting})) <= len(verdict.members):
+                self._replica_is_back.clear()  # else another replica is whole and waits
             return
         if member.is_done or verdict.refused is not None or verdict.again is not None or verdict.members.get(rank) is not member:
             return

@@ -16,6 +16,7 @@ from test_parity import load
 from transformers import AutoModelForCausalLM
 
 from checkpoint.model_folder import ModelFolder, load_stage
+from comms.connections import Connections
 from comms.groups import join_process_group, make_groups
 from comms.links import PeerLost
 from comms.place import place_of
@@ -229,6 +230,7 @@ def test_forward_only_evaluates_and_generates_without_a_gradient(model_folder: P
             spans=Spans(),
             backend="gloo",
             peer_names=[f"rank {r}" for r in range(3)],
+            connections=Connections(),
         )
         stage = load(model_folder, *even_cut(4, 3)[rank]).requires_grad_(False)
         stages = ForwardOnly(cast(Job, job), stage, batch_size=12, micro_batch_size=2, seq_length=SEQ_LENGTH)

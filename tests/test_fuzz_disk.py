@@ -112,7 +112,9 @@ def own_model(model: Path, tmp_path: Path) -> Path:
 def resume(root: Path) -> None:
     """What a job of one rank does with the checkpoints it finds, up to the tensors."""
     place = SimpleNamespace(rank=0, world_size=1)
-    job: Any = SimpleNamespace(place=place, store=dist.HashStore(), roster=[{"host_id": "h", "host": "h"}])
+    job: Any = SimpleNamespace(
+        place=place, store=dist.HashStore(), roster=[{"host_id": "h", "host": "h"}], model_config=SimpleNamespace(hf_model_type="gptj")
+    )
     point = find_resume_point(job, root, only=None, hashes=False)
     if point is None:
         return

@@ -75,7 +75,7 @@ def test_the_start_shows_cut_plan_and_links_and_the_log_what_was_sent(flags: dic
     first, *_ = train(
         tmp_path, stages=2, checkpoint_path=tmp_path / "run", wire_dtype="bf16", wire_dtype_grad="int8", partition="measured", **flags
     )
-    assert re.search(r"link 0-1: [\d.]+ ms one way, .*: --extra-warmup-forwards [01] for the stages before it", first.text), first.text
+    assert re.search(r"link 0-1: [\d.]+ ms one way, .*: --extra-warmup-forwards [0-9]+ for the stages before it", first.text), first.text
     assert "share of slowest" in first.text and re.search(r"(even cut: slowest stage|the even cut is the best one)", first.text)
     assert re.search(r"wire, activations +bf16 .*\n.*wire, gradients +int8", first.text)
     assert "micro-batches in flight" in first.text

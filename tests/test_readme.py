@@ -92,6 +92,7 @@ def test_every_flag_setting_and_file_that_the_readme_names_exists() -> None:
     flags = set(re.findall(r"`?(--[a-z][a-z0-9-]+)", text)) - {"--help", "--nproc-per-node"}
     help_texts = "".join((REPOSITORY / "docs" / name).read_text() for name in ("flags.md", "evaluation_flags.md")) + "--config"
     tools = [*(REPOSITORY / "converters").glob("*.py"), *(REPOSITORY / "checkpoint" / name for name in ("gather.py", "inspect.py"))]
+    tools.append(REPOSITORY / "comms" / "wireguard.py")
     help_texts += "".join(path.read_text() for path in tools)
     assert not [flag for flag in flags if flag not in help_texts]
     for link in re.findall(r"\]\(([\w/.-]+)\)", text):
