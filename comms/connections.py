@@ -32,11 +32,11 @@ class Connections:
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """Around the making of process groups."""
-        self._before = frozenset(_sockets())
+        self._before = frozenset(own_sockets())
         try:
             yield
         finally:
-            made = {inode: descriptor for inode, descriptor in _sockets().items() if inode not in self._before}
+            made = {inode: descriptor for inode, descriptor in own_sockets().items() if inode not in self._before}
             self._recorded |= frozenset(made)
             self._before = None
             if self._turns_strangers_away:
@@ -49,12 +49,12 @@ class Connections:
         """Shut every connection down; those of a group that is just being made, too. Any thread may call it, more than once."""
         self._is_broken = True
         before, recorded = self._before, self._recorded
-        for inode, descriptor in _sockets().items():
+        for inode, descriptor in own_sockets().items():
             if inode in recorded or (before is not None and inode not in before):
                 _shut_down(descriptor)
 
 
-def _sockets() -> dict[int, int]:
+def own_sockets() -> dict[int, int]:
     """inode -> descriptor of this process's sockets. The inode is a socket's own for as long as it lives; descriptors are used again."""
     found = {}
     for name in os.listdir("/proc/self/fd"):

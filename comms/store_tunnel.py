@@ -12,12 +12,12 @@ import asyncio
 import contextlib
 import os
 import socket
-import stat
 import threading
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from comms.connections import own_sockets
 from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, Reply
 from comms.secret import Secret
 
@@ -113,15 +113,12 @@ def _is_of_this_process(peer: tuple[str, int]) -> bool:
     """Asks this process's own sockets: reading the system's table of all takes so long that somebody who calls without end would keep this
     process's own clients waiting."""
     host, port = peer[:2]
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as copy:
-                if copy.family in (socket.AF_INET, socket.AF_INET6):
-                    own = copy.getsockname()
-                    if own[1] == port and own[0].removeprefix("::ffff:") == host:  # torch's sockets may be of IPv6
-                        return True
+    for descriptor in own_sockets().values():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+            if copy.family in (socket.AF_INET, socket.AF_INET6):
+                own = copy.getsockname()
+                if own[1] == port and own[0].removeprefix("::ffff:") == host:  # torch's sockets may be of IPv6
+                    return True
     return False
 
 

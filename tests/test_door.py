@@ -316,7 +316,8 @@ sys.exit(0 if len(held) > 100 and time.monotonic() - began < 2 and store.get("a"
 def test_names_that_take_seconds_to_look_up_delay_no_start() -> None:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("making network namespaces needs root and iproute2")
-    name, folder = "clm-slow-names", Path("/etc/netns/clm-slow-names")
+    name = f"clm{os.getpid()}names"
+    folder = Path("/etc/netns") / name
     subprocess.run(["ip", "netns", "del", name], capture_output=True)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import REPOSITORY, log_rows, train_argv
 
-HOSTS = ("clm-a", "clm-b")
+HOSTS = (f"clm{os.getpid()}a", f"clm{os.getpid()}b")  # other test processes make their own
 LISTEN, ESTABLISHED = "0A", "01"
 
 

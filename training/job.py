@@ -67,12 +67,7 @@ class MeetAgain(Exception):
 def all_say(job: Job, store: dist.Store, what: str, mine: Any) -> list[Any]:
     """Called by all ranks, once for each ``what`` in ``store``: everybody's ``mine`` (JSON), by rank. Raises PeerLost."""
     keys = [f"{what}/{rank}" for rank in range(job.place.world_size)]
-    with naming_the_store():
+    with naming_the_peer("asking the store of rank 0"):  # torch's error says nothing about whose store it was
         store.set(keys[job.place.rank], json.dumps(mine))
         store.wait(keys, COLLECTIVE_TIMEOUT)
         return [json.loads(store.get(key)) for key in keys]
-
-
-def naming_the_store() -> naming_the_peer:
-    """Around what asks the store: torch's error of a store that has gone says nothing about whose it was."""
-    return naming_the_peer("asking the store of rank 0")
