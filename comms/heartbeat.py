@@ -97,7 +97,7 @@ def find_overdue(pulses: Mapping[int, Pulse], now: float, peer_timeout_s: float 
         if pulse.beat is not None and pulse.beat.is_in_step and now - pulse.moved_at > limit and now - pulse.came_at < FRESH_S
     }
     at_work = {rank: pulse for rank, pulse in stuck.items() if pulse.beat is not None and not pulse.beat.waits}
-    if not at_work and len(stuck) < len(pulses):
+    if not stuck or (not at_work and len(stuck) < len(pulses)):
         return None  # those who wait may wait for one that gets on, or that is not in a step
     moved_at, rank = min((pulse.moved_at, rank) for rank, pulse in (at_work or stuck).items())
     return Overdue(

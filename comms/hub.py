@@ -23,10 +23,13 @@ Left to others: the client side (lifeline.py), process groups (groups.py), what 
 import asyncio
 import contextlib
 import logging
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection
+import traceback
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any
 
 from comms.gate import Gate
 from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, Session
@@ -115,9 +118,8 @@ class Hub:
 
     async def _serve(self, listener: socket.socket) -> None:
         server = await asyncio.start_server(self._gate.serve_one, sock=listener, limit=MAX_LINE_BYTES, backlog=512)
-        timers = [asyncio.create_task(self._refuse_at_deadline()), asyncio.create_task(self._feel_pulses())]
-        if self._rules.grace_s:
-            timers.append(asyncio.create_task(self._form_after_grace()))
+        works = [self._refuse_at_deadline(), self._feel_pulses(), *([self._form_after_grace()] if self._rules.grace_s else [])]
+        timers = [asyncio.create_task(self._guarded(work)) for work in works]
         await self._stop.wait()
         server.close()
         for member in self._verdict.waiting.values():
@@ -126,6 +128,14 @@ class Hub:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *timers, return_exceptions=True)
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """A defect of ours ends this meeting, visibly; a hub that has stopped to feel pulses would be worse than none."""
+        try:
+            await work
+        except Exception:
+            log.error("%s", traceback.format_exc())
+            self._stop.set()
 
     async def _refuse_at_deadline(self) -> None:
         await asyncio.sleep(self._deadline_s)
@@ -195,11 +205,12 @@ class Hub:
             text = f"this --dist-url belongs to a job that is already running with all its ranks; {hello.in_words} is one too many"
             member.send({"refused": f"{text}. Give every process of a job its own --rank, and another job another port"})
             return None
-        problem = find_problem(hello, {rank: other.hello for rank, other in members.items()}, self._world_size)
+        waiting = self._verdict.waiting
+        problem = find_problem(hello, {rank: other.hello for rank, other in {**members, **waiting}.items()}, self._world_size)
         if problem is not None:
             member.send({"refused": problem})
             return None
-        self._verdict.waiting[hello.rank] = member
+        waiting[hello.rank] = member
         self._wait_to_be_taken_back(member)
         return member
 
@@ -218,10 +229,14 @@ class Hub:
             return
         absent = frozenset(range(self._world_size)) - set(verdict.members)
         ranks = self._who_goes_on(verdict.members)
+        if not rules.takes_in:
+            held = verdict.members[0].hello.meeting if 0 in verdict.members else ""
+            ranks = rules.who_goes_on(frozenset(r for r, m in verdict.members.items() if held and m.hello.meeting == held)) or ranks
         if not ranks or (absent and not self._grace_passed and not absent <= rules.dead):
             return
         roster = [verdict.members[rank].hello.entry for rank in ranks]
-        verdict.formed = {"roster": roster, "host_comes_back": verdict.members[0].hello.comes_back}
+        host = verdict.members[0].hello
+        verdict.formed = {"roster": roster, "host_comes_back": host.comes_back, "meeting": secrets.token_hex(8)}
         verdict.waiting = {rank: member for rank, member in verdict.members.items() if rank not in ranks}
         verdict.members = {rank: verdict.members[rank] for rank in ranks}
         for member in verdict.members.values():
@@ -270,12 +285,14 @@ class Hub:
 
     async def _gone(self, member: Member, was_cut: bool) -> None:
         verdict, rank = self._verdict, member.hello.rank
+        if verdict.again is not None:
+            return  # to the next meeting
         if verdict.waiting.get(rank) is member:
             del verdict.waiting[rank]
             if len(self._who_goes_on({*verdict.members, *verdict.waiting})) <= len(verdict.members):
                 self._replica_is_back.clear()  # else another replica is whole and waits
             return
-        if member.is_done or verdict.refused is not None or verdict.again is not None or verdict.members.get(rank) is not member:
+        if member.is_done or verdict.refused is not None or verdict.members.get(rank) is not member:
             return
         if verdict.formed is None:
             del verdict.members[rank]
@@ -325,6 +342,10 @@ class Hub:
             if overdue is not None:
                 member = verdict.members[overdue.rank]
                 self._lose(member, f"{self._name(member)} {overdue.why}", restart_helps=True)
+            waiting = {rank: member.pulse for rank, member in verdict.waiting.items()}
+            while (overdue := find_overdue(waiting, now, self._rules.peer_timeout_s)) is not None:  # nobody waits for it
+                del waiting[overdue.rank]
+                verdict.waiting[overdue.rank].writer.transport.abort()
 
     @property
     def _is_over(self) -> bool:

@@ -5,6 +5,7 @@ listens and one sends beats, and the callback gets at most one Trouble. Left to 
 
 import contextlib
 import math
+import select
 import socket
 import threading
 import time
@@ -195,10 +196,10 @@ class Lifeline:
     ) -> None:
         assert self._connection is not None, "join() comes first"
         self._connection.settimeout(self._silent_s)
-        trouble = None
+        trouble, looked_at = None, time.monotonic()
         while trouble is None:
             try:
-                said = self._read()
+                said = self._read(within_s=BEAT_S)
                 if said is None:
                     text = f"{self._host} is gone, {self._host_last}"
                     if not host_returns and host_lives():
@@ -216,17 +217,18 @@ class Lifeline:
                     helps = bool(said.get("restart_helps", True))
                     trouble = Trouble(text=str(said.get("text")), restart_helps=helps, trace=str(said.get("trace") or ""))
             except TimeoutError:
-                if (
-                    time.monotonic() - self._heard_at < 2 * self._silent_s
-                ):  # else this process itself slept: what came meanwhile is read first
+                slept = time.monotonic() - looked_at - BEAT_S
+                if slept > BEAT_S:  # it was this process that stood still: what came meanwhile is read first
+                    self._heard_at += slept
+                if time.monotonic() - self._heard_at > self._silent_s:
                     text = f"{self._host} has given no sign of life for {self._silent_s:.0f} s (--peer-timeout), {self._host_last}"
                     trouble = Trouble(
                         text=f"{text}. Its machine may be suspended, or the network between cut",
                         meets_again=host_returns or outlasts_silence,
                     )
-                self._heard_at = time.monotonic()
             except (OSError, ValueError) as error:
                 trouble = Trouble(text=f"the connection to {self._host} broke ({error}), {self._host_last}", meets_again=True)
+            looked_at = time.monotonic()
         if self._ended.is_set():
             return
         self._trouble = trouble
@@ -296,8 +298,8 @@ class Lifeline:
                     ) from error
                 time.sleep(RETRY_S)
 
-    def _read(self) -> dict[str, Any] | None:
-        line = self._lines.next()
+    def _read(self, within_s: float | None = None) -> dict[str, Any] | None:
+        line = self._lines.next(within_s)
         return self._session.open(line) if line else None
 
     def _write(self, message: dict[str, Any]) -> None:
@@ -323,8 +325,8 @@ def _refused(text: str, *, restart_helps: bool) -> UserError:
 
 def _checked_formed(said: dict[str, Any], rank: int) -> dict[str, Any]:
     """The verdict that the job has formed, with this ``rank`` in it. Raises ValueError for anything else."""
-    formed = said.get("formed")
-    if not isinstance(formed, dict) or not isinstance(formed.get("roster"), list) or type(formed.get("host_comes_back")) is not bool:
+    formed, kinds = said.get("formed"), {"roster": list, "host_comes_back": bool, "meeting": str}
+    if not isinstance(formed, dict) or any(type(formed.get(name)) is not kind for name, kind in kinds.items()):
         raise ValueError("what it says is no verdict")
     if rank not in [Hello.from_json(entry).rank for entry in formed["roster"]]:
         raise ValueError("its roster is without this rank")
@@ -337,9 +339,15 @@ class _Lines:
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._buffer = connection, b""
 
-    def next(self) -> bytes:
-        """The next line, b"" at the end. Raises TimeoutError, OSError; ValueError for a line longer than MAX_LINE_BYTES."""
+    def next(self, within_s: float | None = None) -> bytes:
+        """The next line, b"" at the end. Raises TimeoutError where nothing comes for ``within_s`` (None: the socket's own time-out, which
+        sending has, too); OSError; ValueError for a line longer than MAX_LINE_BYTES."""
         while b"\n" not in self._buffer:
+            if within_s is not None:
+                waiting = select.poll()
+                waiting.register(self._connection, select.POLLIN)
+                if not waiting.poll(1000 * within_s):
+                    raise TimeoutError("nothing came")
             if len(self._buffer) > MAX_LINE_BYTES:
                 raise ValueError("too long a line")
             piece = self._connection.recv(2**16)

@@ -18,11 +18,14 @@ DEATH_S = 0.5  # from the end of a connection until its process, if it died, is 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """What a job puts up with. may_meet_again: a broken link, or a lost rank that a supervisor starts again, ends the meeting and not the
-    job. who_goes_on: of the ranks that are there, those that make a job by themselves, [] if none do. dead: ranks known to be lost when the
-    meeting begins; grace_s: after which others that have not come count as lost too."""
+    job. who_goes_on: of the ranks that are there, those that make a job by themselves, [] if none do. takes_in: whether ranks that were
+    gone without, or started anew, make this job with the others at once; else they wait wherever the others can go on by themselves with
+    the state they hold. dead: ranks known to be lost when the meeting begins; grace_s: after which others that have not come count as lost
+    too."""
 
     may_meet_again: bool = False
     who_goes_on: Callable[[frozenset[int]], list[int]] = lambda present: []
+    takes_in: bool = True
     dead: frozenset[int] = frozenset()
     grace_s: float = 0.0
     is_first_meeting: bool = True

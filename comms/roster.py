@@ -15,7 +15,8 @@ from comms.secret import Secret
 class Hello:
     """What a rank tells the hub. ``plan`` must be equal on all ranks; ``problem`` is a mistake found on this rank alone, else None.
 
-    comes_back: a supervisor starts this rank again when it dies; attempt: how often it has. signature: see signed()."""
+    comes_back: a supervisor starts this rank again when it dies; attempt: how often it has. meeting: the last one that this process took
+    part in and still holds the state of, "" for none. signature: see signed()."""
 
     rank: int
     world_size: int
@@ -28,6 +29,7 @@ class Hello:
     problem: str | None = None
     comes_back: bool = False
     attempt: int = 0
+    meeting: str = ""
     signature: str = ""
 
     @property
@@ -44,7 +46,7 @@ class Hello:
         """Raises ValueError for anything that is not a Hello."""
         kinds = {
             **dict.fromkeys(("rank", "world_size", "pid", "attempt"), int),
-            **dict.fromkeys(("host", "host_id", "address", "signature"), str),
+            **dict.fromkeys(("host", "host_id", "address", "meeting", "signature"), str),
             **dict.fromkeys(("is_loopback", "comes_back"), bool),
             "plan": dict,
         }

@@ -26,8 +26,13 @@ CATEGORIES = {
     "gradient norm": "optimizer",
     "update": "optimizer",
     "waiting for data": "data-wait",
+    "sharing the lengths of prompts": "allreduce",
+    "receiving tokens": "recv",
+    "choosing tokens": "forward",
+    "sending tokens": "send",
 }
 WAITING = frozenset({"recv", "send", "allreduce", "data-wait"})  # categories of time spent waiting for another rank
+EVALUATING = "evaluating"  # around the spans of an evaluation: who is in it may be waiting for any other rank
 OTHER = "other"  # the category of every other name: checkpoints, barriers
 
 
@@ -105,8 +110,8 @@ class Spans:
             doing=self.in_words,
             for_s=max(0.0, self.clock() - self._since),
             moves=self._moves,
-            is_in_step=self._step is not None and name in CATEGORIES,
-            waits=CATEGORIES.get(name) in WAITING,
+            is_in_step=self._step is not None and (name in CATEGORIES or name == EVALUATING),
+            waits=CATEGORIES.get(name) in WAITING or name == EVALUATING,
             longest_step_s=self._longest_step_s,
         )
 

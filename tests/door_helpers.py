@@ -14,6 +14,7 @@ import psutil
 from comms.handshake import Reply, Session
 from comms.hub import Hub
 from comms.lifeline import Lifeline
+from comms.members import Rules
 from comms.rendezvous import listen
 from comms.roster import Hello
 from comms.secret import Secret
@@ -29,12 +30,20 @@ def hello_of(rank: int, world_size: int = 2, **fields: Any) -> Hello:
 
 
 @contextlib.contextmanager
-def open_hub(world_size: int = 2, deadline_s: float = 20.0, store_port: int | None = None) -> Iterator[tuple[Hub, int]]:
+def open_hub(
+    world_size: int = 2, deadline_s: float = 20.0, store_port: int | None = None, rules: Rules | None = None
+) -> Iterator[tuple[Hub, int]]:
     """A hub, and the port of its door."""
     listener = listen(LOOPBACK, 0)
     port = int(listener.getsockname()[1])
     hub = Hub(
-        listener, secret=SECRET, world_size=world_size, deadline_s=deadline_s, store_port=store_port, describe=lambda rank: f"rank {rank}"
+        listener,
+        secret=SECRET,
+        world_size=world_size,
+        deadline_s=deadline_s,
+        store_port=store_port,
+        describe=lambda rank: f"rank {rank}",
+        rules=rules,
     )
     try:
         yield hub, port

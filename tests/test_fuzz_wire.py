@@ -216,7 +216,7 @@ AFTERWARDS = st.dictionaries(st.sampled_from(["tick", "end", "again", "lost", "t
 @live
 @given(st.lists(AFTERWARDS | objects | st.binary(max_size=50), max_size=4))
 def test_a_rank_at_work_whose_hub_says_anything_gets_one_trouble_or_its_end(messages: list[Any]) -> None:
-    good = {"roster": [asdict(hello_of(rank).signed(SECRET)) for rank in (0, 1)], "host_comes_back": False}
+    good = {"roster": [asdict(hello_of(rank).signed(SECRET)) for rank in (0, 1)], "host_comes_back": False, "meeting": "first"}
     hub = OddHub([{"formed": good}, *messages])
     lifeline = Lifeline((LOOPBACK, hub.port), SECRET, deadline_s=5.0, peer_timeout_s=1.0)
     assert lifeline.join(hello_of(1)) == good

@@ -132,8 +132,9 @@ def test_links_that_break_again_and_again_end_the_job_in_words(model_folder: Pat
     assert any("did not get through a single optimizer step" in process.text for process in ranks), said(ranks)
 
 
-def standing(step: int, settled: int | None = None, decision: Any = "decided") -> Standing:
-    return Standing(optimizer_step=step, decision=decision, settled=step if settled is None else settled)
+def standing(step: int, settled: int | None = None, decision: Any = "decided", decided_in: str = "now", meeting: str = "now") -> Standing:
+    settled = step if settled is None else settled
+    return Standing(optimizer_step=step, decision=decision, settled=settled, decided_in=decided_in, meeting=meeting)
 
 
 def test_where_ranks_go_on_from() -> None:
@@ -145,6 +146,15 @@ def test_where_ranks_go_on_from() -> None:
     assert same is not None and (same.optimizer_step, same.settled) == (5, 4)
     behind = common_ground([standing(5), standing(4)])
     assert behind is not None and (behind.optimizer_step, behind.settled, behind.decision) == (5, -1, "decided")
+
+
+def test_a_rank_that_was_gone_without_has_no_part_in_what_was_decided_meanwhile() -> None:
+    left_behind = standing(4, decided_in="before", meeting="before")
+    assert common_ground([standing(5), left_behind]) is None, "its half of step 5 is not in that decision, nor all of step 5 in its half"
+    assert common_ground([standing(5), standing(5, decided_in="before", meeting="before")]) is None, "the same step, in other sums"
+    together = common_ground([standing(5), standing(4, decided_in="before")])
+    assert together is not None and together.decided_in == "now", "it was there and missed the decision alone"
+    assert common_ground([standing(5, decided_in="before"), standing(5, decided_in="before", meeting="before")]) is not None
 
 
 def test_a_link_that_breaks_while_a_resume_is_verified_costs_no_bit(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:

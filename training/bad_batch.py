@@ -11,8 +11,17 @@ from safetensors.numpy import save
 
 from checkpoint.tensor_file import explained_disk_errors
 from tasks.packing import num_targets
+from user_error import UserError
 
 PREFIX = "bad_batch_step_"
+
+
+def keep_bad_batch(root: Path, step: int, tokens: np.ndarray, decode: Callable[[Sequence[int]], str]) -> str:
+    """save_bad_batch(), and a sentence that says where, or why not: what ends the run is worth more than that reason."""
+    try:
+        return f"The last batch is kept in {save_bad_batch(root, step, tokens, decode)}. "
+    except UserError as error:
+        return f"The last batch could not be kept: {str(error).rstrip('.')}. "
 
 
 def save_bad_batch(root: Path, step: int, tokens: np.ndarray, decode: Callable[[Sequence[int]], str]) -> Path:

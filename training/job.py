@@ -26,7 +26,7 @@ class Job(LocalFacts):
 
     store: shared by all ranks, empty at the start of each meeting; roster: what each rank said of itself, by rank of this meeting;
     num_replicas: that the job was started with; num_threads: what torch computes with here; number: how many meetings this process has
-    had before."""
+    had before; meeting: the name of this one, alike on all ranks."""
 
     store: dist.Store
     groups: Groups
@@ -37,6 +37,7 @@ class Job(LocalFacts):
     num_threads: int
     spans: Spans
     number: int = 0
+    meeting: str = ""
 
     @property
     def members(self) -> tuple[int, ...]:

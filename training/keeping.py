@@ -21,6 +21,8 @@ from training.rescue import rescue_folder
 from training.saving import Best, SaveOptions, Saver
 from training.start import ReadingDesk
 
+RETRY_S = 60.0  # where a save that others wait for came to nothing
+
 
 class Keeping:
     """One rank's part in it. Called by all ranks alike. saved_step: the step of the newest checkpoint that was begun, None for none."""
@@ -33,6 +35,7 @@ class Keeping:
         self._owes_save = False  # one was cut off
         self._stall_s = 0.0  # of the training, since anybody asked
         self._kept_at = time.monotonic()
+        self._failed_at = -RETRY_S
 
     def connect(self, job: Job, folders: Folders, rescue: Folders | None, desk: ReadingDesk | None) -> None:
         """Collective over all ranks, at the start of a meeting. rescue: who sees whose host memory, None without --rescue-interval."""
@@ -100,6 +103,18 @@ class Keeping:
         self._checkpoints.wait()
         if self._rescue is not None:
             self._rescue.wait()
+
+    def wait_for_all(self, job: Job, step: int) -> bool:
+        """Collective over all ranks, behind ``step``, of which a save was begun: until that has ended; whether the checkpoint exists."""
+        exists = all(all_say(job, job.store, f"kept/{step}", self._checkpoints.wait()))
+        if not exists:
+            self._failed_at = time.monotonic()
+        return exists
+
+    @property
+    def has_room(self) -> bool:
+        """Whether no save has lately come to nothing in wait_for_all()."""
+        return time.monotonic() - self._failed_at >= RETRY_S
 
     def finish(self) -> None:
         """wait(), after the last checkpoint, which outdates the snapshots. Raises StepNotSaved if that one came to nothing."""

@@ -16,7 +16,7 @@ from typing import Any
 from optim.decide import StepDecision, Wishes
 from optim.loss_scale import LossScale
 from training.assembly import assemble_stage, import_packages, make_optimizer
-from training.bad_batch import save_bad_batch
+from training.bad_batch import keep_bad_batch
 from training.config import Config
 from training.data import sequences_per_step, start_reader
 from training.feed import StepFeed, TokenFeed
@@ -98,7 +98,8 @@ class Trainer:
         self._keeping = Keeping(config, self._stage, self._optimizer, saved_step)
         self._is_described = self._is_best = False
         self._limits = limits
-        self._standing = Standing(optimizer_step=self._optimizer_step, decision=None, settled=self._optimizer_step)
+        done, here = self._optimizer_step, job.meeting
+        self._standing = Standing(optimizer_step=done, decision=None, settled=done, decided_in=here, meeting=here)
         self._open_step: _OpenStep | None = None
         self._profiler: TidyProfiler | None = None
         self._connect(job, start.folders, start.rescue)
@@ -160,7 +161,7 @@ class Trainer:
         if self._profiler is not None:
             log.warning("the profile is given up: it cannot go on over a meeting")
             self._profiler = None
-        self._standing = dataclasses.replace(self._standing, settled=ground.settled, evaluated=ground.evaluated)
+        self._standing = self._standing.on(ground, job.meeting)
         self._keeping.make_up(job)
         self._connect(job, folders, rescue)
 
@@ -228,7 +229,7 @@ class Trainer:
             loss_scale=step.loss_scale,
             wishes=Wishes(
                 stop=stop_request.name is not None or self._limits.reason() is not None,
-                meet=self.replica_is_back(),
+                meet=self.replica_is_back() and self._keeping.has_room,
                 snapshot=self._job.place.rank == 0 and self._keeping.wants_snapshot,
             ),
         )
@@ -252,7 +253,7 @@ class Trainer:
             self._gradient.forget()
         self._loss_scale.update(overflowed=decision.skip)
         self._optimizer_step += 1
-        self._standing = dataclasses.replace(self._standing, optimizer_step=self._optimizer_step, decision=decision)
+        self._standing = self._standing.behind(self._optimizer_step, decision)
         self._open_step = None
         self._step += self._accumulate
         self._position += sequences_per_step(self._config)
@@ -305,19 +306,18 @@ class Trainer:
         feed = self._last_feed
         if self._desk is None or feed is None or feed.whole is None:
             return ""
-        try:
-            return f"The last batch is kept in {save_bad_batch(self._root, self._step, feed.whole, self._desk.encoder.encoder.decode)}. "
-        except UserError as error:  # what ends the run is worth more than the reason why its batch is not kept
-            return f"The last batch could not be kept: {str(error).rstrip('.')}. "
+        return keep_bad_batch(self._root, self._step, feed.whole, self._desk.encoder.encoder.decode)
 
     def _part_for_a_replica(self) -> None:
         """Behind a step that all have done: what the returning ranks will begin with, and the others with them."""
         if self._keeping.saved_step != self._step:
             self._save()
         with self._job.spans.span("waiting for the checkpoint to be written"):
-            self._keeping.wait()
-        self._job.wait_for_all()
-        raise MeetAgain(f"a replica is back and is taken in behind step {self._step}")
+            is_kept = self._keeping.wait_for_all(self._job, self._step)
+        if is_kept:
+            raise MeetAgain(f"a replica is back and is taken in behind step {self._step}")
+        if self._job.place.rank == 0:
+            log.warning("the replica that is back has to wait: what it would begin with could not be written")
 
     def _evaluate(self) -> bool:
         """Whether this step is the best so far, for --keep-best."""

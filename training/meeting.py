@@ -102,10 +102,12 @@ class Meetings:
         self._secret: Secret | None = None
         self._port = 0  # of rank 0's door where torchrun's store says which: the same one in every meeting
         self._dead: frozenset[int] = frozenset()
-        self._number = 0
+        self._takes_in = False  # the next one: all ranks have agreed on it
+        self._number, self._meeting = 0, ""
         self._refused_s = math.inf
         self._deadline_s = config.rendezvous_timeout  # of the next meeting
         self.replica_is_back: Callable[[], bool] = lambda: False  # on rank 0: whether one is waiting to be taken back
+        self.holds_state: Callable[[], bool] = lambda: False  # whether this process could go on from what it has in memory
 
     @contextlib.contextmanager
     def meet(self) -> Iterator[Job]:
@@ -143,8 +145,8 @@ class Meetings:
             host_in_words=host_in_words,
         )
         try:
-            job = self._form(facts, arrived.formed["roster"], join_store(tunnel), lifeline, connections)
-            self._number += 1
+            job = self._form(facts, arrived.formed, join_store(tunnel), lifeline, connections)
+            self._number, self._meeting = self._number + 1, job.meeting
             self.replica_is_back = (lambda: host.hub.replica_is_back) if host is not None else (lambda: False)
             yield job
             self.spans.enter_phase("waiting for the others to end")
@@ -177,7 +179,14 @@ class Meetings:
         address = (door.host, door.port)
         is_known = self._number + self._returns.attempt > 0
         lifeline = Lifeline(address, self._secret, deadline_s=self._deadline_s, peer_timeout_s=config.peer_timeout_s, is_known=is_known)
-        hello = make_hello(config, facts, problem=None, comes_back=self._returns.comes_back, attempt=self._returns.attempt)
+        hello = make_hello(
+            config,
+            facts,
+            problem=None,
+            comes_back=self._returns.comes_back,
+            attempt=self._returns.attempt,
+            meeting=self._meeting if self.holds_state() else "",
+        )
         try:
             formed = lifeline.join(
                 hello,
@@ -214,6 +223,7 @@ class Meetings:
                 trouble = lifeline.trouble(CAUSE_WAIT_S)
         if trouble is not None and trouble.meets_again and self._goes_on:
             lifeline.leave()
+            self._takes_in = isinstance(error, MeetAgain)
             if host is not None:
                 self._dead = host.hub.lost
                 host.hub.close()
@@ -272,6 +282,7 @@ class Meetings:
         return Rules(
             may_meet_again=self._goes_on,
             who_goes_on=who_goes_on,
+            takes_in=self._takes_in,
             dead=self._dead,
             grace_s=self._link_back_s if self._number else 0.0,
             is_first_meeting=self._number == 0,
@@ -279,9 +290,9 @@ class Meetings:
         )
 
     def _form(
-        self, facts: LocalFacts, roster: list[dict[str, Any]], store: dist.Store, lifeline: Lifeline, connections: Connections
+        self, facts: LocalFacts, formed: dict[str, Any], store: dist.Store, lifeline: Lifeline, connections: Connections
     ) -> Job:
-        config = self._config
+        config, roster = self._config, formed["roster"]
         members = [entry["rank"] for entry in roster]
         place = place_of(members.index(facts.place.rank), dp_size=len(members) // facts.place.pp_size, pp_size=facts.place.pp_size)
         ranks_here = sum(entry["host_id"] == roster[place.rank]["host_id"] for entry in roster)
@@ -314,6 +325,7 @@ class Meetings:
             num_threads=num_threads,
             spans=self.spans,
             number=self._number,
+            meeting=formed["meeting"],
         )
 
 

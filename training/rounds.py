@@ -48,6 +48,7 @@ class Rounds:
         returns = Return(comes_back=supervised is not None, attempt=supervised.attempt if supervised is not None else 0)
         self._meetings = Meetings(config, goes_on=True, returns=returns, is_asked_to_stop=lambda: stop_request.name is not None)
         self._stop_request = stop_request
+        self._meetings.holds_state = lambda: self._trainer is not None and self._trainer.standing is not None
         self._trainer: Trainer | None = None
         self._folders: Folders | None = None
         self._rescue: Folders | None = None

@@ -147,13 +147,15 @@ class Saver:
             self._run(work)
         return time.perf_counter() - started
 
-    def wait(self) -> None:
-        """Until nothing is being saved. Raises what the writing thread met, unless it was a failure to write, which it has told."""
+    def wait(self) -> bool:
+        """Until nothing is being saved; whether the last save came to something, as far as this rank knows: those that keep a folder do.
+        Raises what the writing thread met, unless it was a failure to write, which it has told."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._failure is not None and not isinstance(self._failure, StepNotSaved):
             raise self._failure
+        return self._failure is None
 
     def give_up(self) -> bool:
         """In place of wait(), where the ranks have lost each other: whether a save was cut off by that. What it has written so far goes."""

@@ -31,9 +31,11 @@ TELL_OTHERS_S = 30.0
 TELL_FLAGS_S = 10.0  # wrong flags are mostly wrong on all ranks alike
 
 
-def make_hello(config: Config, facts: LocalFacts | None, problem: str | None, *, comes_back: bool = False, attempt: int = 0) -> Hello:
-    """What this rank says of itself. facts: None where it did not come as far as to know any; ``problem`` says why. comes_back, attempt:
-    see Hello."""
+def make_hello(
+    config: Config, facts: LocalFacts | None, problem: str | None, *, comes_back: bool = False, attempt: int = 0, meeting: str = ""
+) -> Hello:
+    """What this rank says of itself. facts: None where it did not come as far as to know any; ``problem`` says why. comes_back, attempt,
+    meeting: see Hello."""
     assert config.rank is not None and config.world_size is not None, "parse_config filled these in"
     plan: dict[str, Any] = {}
     if facts is not None:
@@ -58,6 +60,7 @@ def make_hello(config: Config, facts: LocalFacts | None, problem: str | None, *,
         problem=problem,
         comes_back=comes_back,
         attempt=attempt,
+        meeting=meeting,
     )
 
 

@@ -1,0 +1,64 @@
+"""Who is taken for lost: the rules, with times of a test's own."""
+
+import pytest
+
+from comms.heartbeat import FIRST_STEP_S, SILENT_S, STEPS_WITHOUT_PROGRESS, STUCK_S, Beat, Pulse, find_overdue
+from comms.spans import Spans
+
+NOW = 10_000.0
+
+
+def pulse(*, still_s: float, silent_s: float = 0.0, in_step: bool = True, waits: bool = False, longest_step_s: float = 1.0) -> Pulse:
+    """Of a rank that has not got on for ``still_s`` and not been heard for ``silent_s``."""
+    doing = Beat(doing="a test", for_s=0.0, moves=1, is_in_step=in_step, waits=waits, longest_step_s=longest_step_s)
+    return Pulse(came_at=NOW - silent_s, moved_at=NOW - still_s, beat=doing)
+
+
+def lost(*pulses: Pulse, peer_timeout_s: float | None = None) -> int | None:
+    found = find_overdue(dict(enumerate(pulses)), NOW, peer_timeout_s)
+    return None if found is None else found.rank
+
+
+def test_the_longest_silence_counts_first() -> None:
+    assert lost() is None
+    assert lost(pulse(still_s=0), pulse(still_s=0, silent_s=SILENT_S - 1)) is None
+    assert lost(pulse(still_s=0), pulse(still_s=0, silent_s=SILENT_S + 1), pulse(still_s=0, silent_s=SILENT_S + 2)) == 2
+    assert lost(pulse(still_s=0, silent_s=4), peer_timeout_s=3) == 0
+
+
+def test_who_works_and_does_not_get_on_is_lost_and_not_those_who_wait_for_it() -> None:
+    waiting = pulse(still_s=STUCK_S + 50, waits=True)
+    assert lost(waiting, pulse(still_s=STUCK_S - 1)) is None
+    assert lost(waiting, pulse(still_s=STUCK_S + 1)) == 1
+    assert lost(waiting, pulse(still_s=STUCK_S + 1, in_step=False)) is None, "a save takes as long as it takes"
+    assert lost(waiting, pulse(still_s=STUCK_S + 1, waits=True)) == 0, "all wait: for each other, or for nothing"
+
+
+def test_the_limit_follows_the_longest_step() -> None:
+    for peer_timeout_s in (None, 3.0):
+        slow = pulse(still_s=STEPS_WITHOUT_PROGRESS * 100.0 - 1, longest_step_s=100.0)
+        assert lost(slow, peer_timeout_s=peer_timeout_s) is None
+        slow.moved_at -= 2
+        assert lost(slow, peer_timeout_s=peer_timeout_s) == 0
+    assert lost(pulse(still_s=FIRST_STEP_S - 1, longest_step_s=0.0)) is None
+    assert lost(pulse(still_s=FIRST_STEP_S + 1, longest_step_s=0.0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "is_in_step", "waits"),
+    [
+        ("forward", True, False),
+        ("receiving gradients", True, True),
+        ("evaluating", True, True),  # others may be generating answers meanwhile: lost only where all stand still
+        ("receiving tokens", True, True),
+        ("choosing tokens", True, False),
+        ("saving a checkpoint", False, False),
+    ],
+)
+def test_what_the_work_of_a_step_is(name: str, is_in_step: bool, waits: bool) -> None:
+    spans = Spans()
+    with spans.span(name):
+        assert not spans.beat.is_in_step, "outside of steps"
+    spans.enter_step(3)
+    with spans.span(name):
+        assert (spans.beat.is_in_step, spans.beat.waits) == (is_in_step, waits)

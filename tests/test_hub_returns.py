@@ -1,0 +1,102 @@
+"""Who comes to the hub while a job is running, or meets again: who is taken in, who waits, who is refused. Ranks here are connections
+that say what a test likes; whole jobs: test_coming_back.py."""
+
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+from door_helpers import RawRank, hello_of, open_hub
+
+from comms.heartbeat import BEAT_S
+from comms.members import Rules
+from comms.place import whole_replicas
+
+WORLD = 4  # 2 replicas of 2 stages
+
+
+def who_goes_on(present: Collection[int]) -> list[int]:
+    return whole_replicas(present, dp_size=2, pp_size=2)
+
+
+def rules(**others: Any) -> Rules:
+    return Rules(**{"may_meet_again": True, "who_goes_on": who_goes_on, "is_first_meeting": False, **others})
+
+
+def join(port: int, rank: int, **fields: Any) -> RawRank:
+    one = RawRank(port)
+    one.say_hello(hello_of(rank, WORLD, **fields))
+    return one
+
+
+def wait_until(what: Callable[[], bool], within_s: float) -> None:
+    give_up = time.monotonic() + within_s
+    while not what():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def roster_of(said: dict[str, Any]) -> list[int]:
+    return [entry["rank"] for entry in said["formed"]["roster"]]
+
+
+def beat(one: RawRank) -> None:
+    one.say({"beat": {"doing": "a test", "for_s": 0.0, "moves": 1, "is_in_step": False, "waits": False, "longest_step_s": 0.0}})
+
+
+def test_a_rank_taken_twice_while_it_waits_to_be_taken_back_is_named() -> None:
+    with open_hub(WORLD, rules=rules(dead=frozenset({3}))) as (hub, port):
+        members = [join(port, rank) for rank in (0, 1)]
+        first = join(port, 2)
+        assert roster_of(members[0].hear()) == [0, 1] and "wait" in first.hear()
+        back = join(port, 3, pid=100)
+        assert "wait" in back.hear()
+        wait_until(lambda: hub.replica_is_back, 5)
+        again = join(port, 3, pid=101)
+        assert again.hear()["refused"].startswith("every process needs its own --rank; rank 3 is taken twice: by pid 100 on here")
+        assert hub.replica_is_back, "the one that came first still waits"
+        after_restart = join(port, 3, pid=102, attempt=1)
+        assert "wait" in after_restart.hear(), "its supervisor has started it again"
+        for one in (*members, first, back, again, after_restart):
+            one.close()
+
+
+def test_who_falls_silent_while_it_waits_does_not_count_as_back() -> None:
+    with open_hub(WORLD, rules=rules(dead=frozenset({2, 3}), peer_timeout_s=4 * BEAT_S)) as (hub, port):
+        members = [join(port, rank) for rank in (0, 1)]
+        waiting = [join(port, rank) for rank in (2, 3)]
+        assert roster_of(members[0].hear()) == [0, 1]
+        wait_until(lambda: hub.replica_is_back, 5)
+
+        def lost() -> bool:
+            for one in (*members, waiting[0]):  # rank 3 says nothing
+                beat(one)
+            return not hub.replica_is_back
+
+        wait_until(lost, 10 * BEAT_S)
+        another = join(port, 3, pid=7)
+        assert "wait" in another.hear(), "its place is free again"
+        wait_until(lambda: hub.replica_is_back, 5)
+        for one in (*members, *waiting, another):
+            one.close()
+
+
+@pytest.mark.parametrize("takes_in", [False, True])
+def test_ranks_that_hold_nothing_wait_where_the_others_can_go_on_from_what_they_hold(takes_in: bool) -> None:
+    """After a broken link; all ranks are taken in where they have agreed on it."""
+    with open_hub(WORLD, rules=rules(takes_in=takes_in)) as (hub, port):
+        held = {0: "m7", 1: "m7", 2: "m5", 3: ""}  # rank 2 was left behind in an earlier meeting, rank 3 has been started anew
+        ranks = {rank: join(port, rank, meeting=meeting) for rank, meeting in held.items()}
+        assert roster_of(ranks[0].hear()) == ([0, 1, 2, 3] if takes_in else [0, 1])
+        assert ("formed" if takes_in else "wait") in ranks[3].hear()
+        wait_until(lambda: hub.replica_is_back is not takes_in, 5)
+        for one in ranks.values():
+            one.close()
+
+
+def test_where_the_replica_of_rank_0_holds_nothing_whole_all_go_back_together() -> None:
+    with open_hub(WORLD, rules=rules(takes_in=False)) as (_, port):
+        ranks = {rank: join(port, rank, meeting="" if rank == 1 else "m7") for rank in range(WORLD)}
+        assert roster_of(ranks[0].hear()) == [0, 1, 2, 3]
+        for one in ranks.values():
+            one.close()
