@@ -9,7 +9,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 
-from comms.handshake import HANDSHAKE_TIMEOUT_S, REFUSAL, Challenge, Session
+from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, REFUSAL, Challenge, Session
 from comms.secret import Secret
 from comms.store_tunnel import pass_on
 
@@ -83,6 +83,22 @@ class Gate:
                 who,
                 more,
             )
+
+
+async def read_line(reader: asyncio.StreamReader) -> bytes:
+    """The next line of somebody who was let in, b"" at the end; it may be longer than the reader's own limit, which holds for strangers.
+    Raises ValueError for a line longer than MAX_LINE_BYTES."""
+    line = b""
+    while not line.endswith(b"\n"):
+        try:
+            line += await reader.readuntil(b"\n")
+        except asyncio.LimitOverrunError as overrun:
+            line += await reader.readexactly(overrun.consumed)
+        except asyncio.IncompleteReadError as end:
+            return line + end.partial
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError("too long a line")
+    return line
 
 
 def keep_alive(connection: socket.socket) -> None:

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout  # no public name before torch 2.13
 
 from comms.place import Place
 
@@ -33,16 +34,21 @@ class Groups:
     tokens: dist.ProcessGroup
 
 
-def join_process_group(place: Place, store: dist.Store, backend: str, timeout: timedelta) -> None:
-    """Make the default group of all ranks over ``store``. Called by all ranks; ends when all have come."""
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+def join_process_group(
+    place: Place, store: dist.Store, backend: str, timeout: timedelta, connect_timeout: timedelta | None = None
+) -> None:
+    """Make the default group of all ranks over ``store``. Called by all ranks; ends when all have come. connect_timeout: for that, where
+    it is not ``timeout``: in gloo one rank of each pair waits to be called, and nothing can wake it."""
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=connect_timeout or timeout)
+    _set_pg_timeout(timeout)
 
 
-def make_groups(place: Place, backend: str, timeout: timedelta) -> Groups:
-    """Make every group of the grid. Collective over all ranks: all call it, in the same order, also for groups they are not in."""
+def make_groups(place: Place, backend: str, timeout: timedelta, connect_timeout: timedelta | None = None) -> Groups:
+    """Make every group of the grid. Collective over all ranks: all call it, in the same order, also for groups they are not in.
+    connect_timeout: as in join_process_group()."""
 
     def new_group(ranks: list[int]) -> dist.ProcessGroup:
-        return dist.new_group(ranks, timeout=timeout, backend=backend)
+        return _new_group(ranks, place, backend, timeout, connect_timeout)
 
     to_previous = to_next = None
     for dp in range(place.dp_size):
@@ -65,7 +71,16 @@ def make_groups(place: Place, backend: str, timeout: timedelta) -> Groups:
     return Groups(to_previous=to_previous, to_next=to_next, replicas=replicas, tokens=new_group(list(range(place.world_size))))
 
 
-def make_closing_group(place: Place, groups: Groups, backend: str, timeout: timedelta) -> dist.ProcessGroup | None:
+def _new_group(ranks: list[int], place: Place, backend: str, timeout: timedelta, connect_timeout: timedelta | None) -> dist.ProcessGroup:
+    group = dist.new_group(ranks, timeout=connect_timeout or timeout, backend=backend)
+    if place.rank in ranks:
+        _set_pg_timeout(timeout, group)
+    return group
+
+
+def make_closing_group(
+    place: Place, groups: Groups, backend: str, timeout: timedelta, connect_timeout: timedelta | None = None
+) -> dist.ProcessGroup | None:
     """From each pipeline's last stage back to its first, for tokens (pipeline_parallel/decode.py). Collective over all ranks, in the same
     order as whatever other groups they make. With two stages it is the group in which gradients travel, with one and between: None."""
     if place.pp_size <= 2:
@@ -74,7 +89,7 @@ def make_closing_group(place: Place, groups: Groups, backend: str, timeout: time
     own = None
     for dp in range(place.dp_size):
         first, last = dp * place.pp_size, (dp + 1) * place.pp_size - 1
-        group = dist.new_group([first, last], timeout=timeout, backend=backend)
+        group = _new_group([first, last], place, backend, timeout, connect_timeout)
         if place.rank in (first, last):
             own = group
             if backend == "nccl":

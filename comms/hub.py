@@ -31,8 +31,8 @@ import traceback
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
-from comms.gate import Gate
-from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, Session
+from comms.gate import Gate, read_line
+from comms.handshake import HANDSHAKE_TIMEOUT_S, Session
 from comms.heartbeat import BEAT_S, Beat, Pulse, find_overdue
 from comms.members import Member, Rules, Verdict, still_runs
 from comms.roster import Hello, find_problem
@@ -41,6 +41,8 @@ from comms.secret import Secret
 log = logging.getLogger("trainer")
 
 LAST_WORDS_S = 1.0
+LEAVING_S = 5.0
+MOST_UNREAD_BYTES = 2**12  # of a connection; longer lines are read in pieces, once it is known who sends them
 SUSPICION_S = 1.0  # from a failed exchange until it counts as a broken link: the death of a rank is known by then
 
 
@@ -68,7 +70,7 @@ class Hub:
         self._verdict = Verdict(refused=problem)
         self._num_others_told, self._deadline_passed, self._grace_passed = 0, False, False
         self._others_told, self._all_done, self._loss_told = threading.Event(), threading.Event(), threading.Event()
-        self._replica_is_back = threading.Event()
+        self._replica_is_back, self._all_left = threading.Event(), threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(listener,), name="hub", daemon=True)
@@ -103,8 +105,8 @@ class Hub:
     def close(self, timeout_s: float = 60.0) -> None:
         """End the server once all members have said they are done, at most ``timeout_s`` later: they would take its end for a death. Where
         they are to meet again it ends at once."""
-        if self._verdict.formed is not None and self._verdict.again is None:
-            self._all_done.wait(timeout_s)
+        if self._verdict.formed is not None and self._verdict.again is None and self._all_done.wait(timeout_s):
+            self._all_left.wait(LEAVING_S)  # a connection that is closed under a beat would take the last word with it
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(timeout_s)
@@ -117,7 +119,7 @@ class Hub:
             self._loop.close()
 
     async def _serve(self, listener: socket.socket) -> None:
-        server = await asyncio.start_server(self._gate.serve_one, sock=listener, limit=MAX_LINE_BYTES, backlog=512)
+        server = await asyncio.start_server(self._gate.serve_one, sock=listener, limit=MOST_UNREAD_BYTES, backlog=512)
         works = [self._refuse_at_deadline(), self._feel_pulses(), *([self._form_after_grace()] if self._rules.grace_s else [])]
         timers = [asyncio.create_task(self._guarded(work)) for work in works]
         await self._stop.wait()
@@ -156,7 +158,7 @@ class Hub:
         self._form_if_ready()
 
     async def _serve_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, session: Session) -> None:
-        hello = Hello.from_json(session.open(await asyncio.wait_for(reader.readline(), HANDSHAKE_TIMEOUT_S)))
+        hello = Hello.from_json(session.open(await asyncio.wait_for(read_line(reader), HANDSHAKE_TIMEOUT_S)))
         if not hello.is_signed(self._secret):
             raise ValueError("signed with another secret")
         member = self._admit(hello, writer, session)
@@ -256,7 +258,7 @@ class Hub:
             self._others_told.set()
 
     async def _listen(self, member: Member, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
+        while line := await read_line(reader):
             message = member.session.open(line)
             if "beat" in message:
                 member.pulse.feel(Beat.from_json(message["beat"]), time.monotonic())
@@ -292,6 +294,10 @@ class Hub:
             if len(self._who_goes_on({*verdict.members, *verdict.waiting})) <= len(verdict.members):
                 self._replica_is_back.clear()  # else another replica is whole and waits
             return
+        if self._all_done.is_set():
+            member.has_left = True
+            if all(m.has_left for m in verdict.members.values()):
+                self._all_left.set()
         if member.is_done or verdict.refused is not None or verdict.members.get(rank) is not member:
             return
         if verdict.formed is None:

@@ -262,14 +262,14 @@ class Lifeline:
                 self._write({"failed": text, "restart_helps": restart_helps, "trace": trace[-(MAX_LINE_BYTES // 4) :]})
 
     def finish(self) -> None:
-        """This rank's work is done: returns when everybody's is, so that nobody's end is taken for a loss. Raises PeerLost if there was
-        trouble before that."""
+        """This rank's work is done: returns when everybody's is, so that nobody's end is taken for a loss; then leave(). Raises PeerLost if
+        there was trouble before that."""
         with contextlib.suppress(OSError):  # the listening thread learns of it, too
             self._write({"done": True})
         while not self._all_done.wait(BEAT_S):
             if self._trouble is not None:
                 raise PeerLost(self._trouble.text)
-        self._ended.set()
+        self.leave()
 
     def leave(self) -> None:
         """This meeting is over for this rank, which comes to the next one."""

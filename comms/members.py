@@ -41,6 +41,7 @@ class Member:
     session: Session
     pulse: Pulse
     is_done: bool = False
+    has_left: bool = False
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Small enough for the socket's buffer: asyncio hands it to the kernel at once."""

@@ -111,9 +111,10 @@ class GradientBuckets:
         self._pending.clear()
 
     def close(self) -> None:
-        """Let go of the parameters: no gradient is counted any more. ``.grad`` stays what it is."""
+        """Let go of the parameters: no gradient is counted any more. ``.grad`` stays what it is, and its memory as long as that does."""
         for hook in self._hooks:
             hook.remove()
+        self._by_layer, self._launch_order, self._bucket_of = {}, [], {}
 
     def zero(self) -> None:
         """Set every gradient to 0, in place: parameters keep their views."""

@@ -56,7 +56,7 @@ class NoPipe:
 def supervised(attempt: int) -> Callable[[int], None]:
     def before(rank: int) -> None:
         lost_at = time.time() if attempt else None
-        worker = Supervised(run_id="a test", attempt=attempt, lost_at=lost_at, pipe=NoPipe())  # type: ignore[arg-type]
+        worker = Supervised(run_id="a test", attempt=attempt, lost_at=lost_at, began_at=time.time(), pipe=NoPipe())  # type: ignore[arg-type]
         entry.Supervised = type("_", (), {"from_environment": staticmethod(lambda: worker)})  # type: ignore[assignment,misc]
 
     return before

@@ -54,7 +54,7 @@ def make_decoder(job: Job, stage: Stage, batch_size: int) -> Decoder:
     """Collective over all ranks, as it may make a group: the decoder of this rank's ``stage``. batch_size: sequences per replica that are
     under way at once."""
     with job.connections.recorded():
-        closing_group = make_closing_group(job.place, job.groups, job.backend, COLLECTIVE_TIMEOUT)
+        closing_group = make_closing_group(job.place, job.groups, job.backend, COLLECTIVE_TIMEOUT, job.connect_timeout)
     return Decoder(
         place=job.place,
         groups=job.groups,

@@ -26,7 +26,7 @@ class Job(LocalFacts):
 
     store: shared by all ranks, empty at the start of each meeting; roster: what each rank said of itself, by rank of this meeting;
     num_replicas: that the job was started with; num_threads: what torch computes with here; number: how many meetings this process has
-    had before; meeting: the name of this one, alike on all ranks."""
+    had before; meeting: the name of this one, alike on all ranks; connect_timeout: for the making of groups, None: that of collectives."""
 
     store: dist.Store
     groups: Groups
@@ -38,6 +38,7 @@ class Job(LocalFacts):
     spans: Spans
     number: int = 0
     meeting: str = ""
+    connect_timeout: timedelta | None = None
 
     @property
     def members(self) -> tuple[int, ...]:

@@ -54,14 +54,19 @@ class Keeping:
         if rescue is not None:
             self._rescue = saver("rescue", rescue_folder(self._root), rescue, 1)
 
-    def make_up(self, job: Job) -> None:
-        """Collective over all ranks, when they have met again: a checkpoint that was cut off is written behind the next step instead."""
-        was_cut_off = self._checkpoints.give_up()
+    def give_up(self) -> bool:
+        """In place of wait(), where the ranks have lost each other: whether a checkpoint was cut off by that."""
         if self._rescue is not None:
             self._rescue.give_up()
-        said = all_say(job, job.store, "saves cut off", [was_cut_off, self.saved_step])
-        if any(was_cut_off for was_cut_off, _ in said):
-            self._owes_save, self.saved_step = True, None
+        return self._checkpoints.give_up()
+
+    def make_up(self, job: Job) -> None:
+        """Collective over all ranks, when they have met again: a checkpoint that was cut off is written behind the next step instead."""
+        was_cut_off = self.give_up()
+        said = all_say(job, job.store, "saves cut off", [was_cut_off or self._owes_save, self.saved_step])
+        self._owes_save = any(owes for owes, _ in said)
+        if self._owes_save:
+            self.saved_step = None
         else:
             self.saved_step = said[0][1]  # rank 0 has waited for every host's part; others may not have come to that save
 

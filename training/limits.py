@@ -19,10 +19,13 @@ POLL_S = 1.0  # reading /proc more often tells nothing new
 
 
 class Limits:
-    """max_seconds: from now on, None for no limit. min_free_memory: GiB of this host, 0 for none."""
+    """max_seconds: from began_at on (seconds as time.time(), None: now); None for no limit. min_free_memory: GiB of this host, 0 for
+    none."""
 
-    def __init__(self, *, max_seconds: float | None, min_free_memory: float) -> None:
+    def __init__(self, *, max_seconds: float | None, min_free_memory: float, began_at: float | None = None) -> None:
         self._began = self._polled_at = time.monotonic()
+        if began_at is not None:
+            self._began -= max(0.0, time.time() - began_at)
         self._max_seconds, self._min_free = max_seconds, min_free_memory * GIB
         self._has_warned = False
         self._short: str | None = None

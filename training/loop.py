@@ -71,7 +71,7 @@ class Trainer:
     def __init__(self, job: Job, config: Config, start: Start, desk: ReadingDesk | None, plan: PipelinePlan, limits: Limits) -> None:
         """Collective over all ranks."""
         assert config.checkpoint_path is not None and config.total_steps is not None, "parse_config requires them"
-        self._config, self._desk, self._plan = config, desk, plan
+        self._config, self._desk, self._plan, self._limits = config, desk, plan, limits
         self._root = Path(config.checkpoint_path)
         self._step, self._optimizer_step, self._position = start.step, start.optimizer_step, start.position
         self._num_updates_here = 0
@@ -97,9 +97,7 @@ class Trainer:
         saved_step = start.step if start.point is not None and not start.is_rescue else None
         self._keeping = Keeping(config, self._stage, self._optimizer, saved_step)
         self._is_described = self._is_best = False
-        self._limits = limits
-        done, here = self._optimizer_step, job.meeting
-        self._standing = Standing(optimizer_step=done, decision=None, settled=done, decided_in=here, meeting=here)
+        self._standing = Standing.loaded(self._optimizer_step, job.meeting)
         self._open_step: _OpenStep | None = None
         self._profiler: TidyProfiler | None = None
         self._connect(job, start.folders, start.rescue)
@@ -205,6 +203,7 @@ class Trainer:
     def close(self) -> None:
         """Stop the reader and the links, end the progress line."""
         self._disconnect()
+        self._keeping.give_up()
         self._report.close()
 
     def _disconnect(self) -> None:
@@ -238,7 +237,7 @@ class Trainer:
         if decision.wishes.snapshot:
             with self._job.spans.span("keeping a snapshot"):
                 self._keeping.snapshot(self._step, self._position, self._trainer_state(None))
-        if decision.wishes.meet:
+        if decision.wishes.meet and not decision.wishes.stop and self._optimizer_step < self._num_updates:
             self._part_for_a_replica()
         return decision
 
@@ -325,7 +324,8 @@ class Trainer:
         with self._job.spans.span("evaluating"):
             found = self._validation.run(self._step)
         self._report.evaluation(found.row(self._step), self._optimizer_step)
-        if not (self._config.keep_best and found.is_better_than(self._best)):
+        was_found = self._best is not None and self._best.step == self._step  # before the ranks lost each other; others may have to, yet
+        if not (self._config.keep_best and (was_found or found.is_better_than(self._best))):
             return False
         self._best = found.as_best(self._step)
         return True

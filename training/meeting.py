@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,9 @@ TELL_LOSS_S = 2.0
 LAST_WORDS_S = 3.0
 REFUSED_S = 3.0  # rank 0 opens the next door in a moment
 MIN_LINK_BACK_S = 30.0  # for ranks to come to a second meeting
+CONNECT_S = 20.0  # for one rank to call another, where both are about to: a loss meanwhile cannot wake the one that waits
+TELL_INTERRUPTED_S = 3.0
+DOOR_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,7 @@ class Meetings:
             entry = arrived.formed["roster"][0]
             return entry["host_id"] == arrived.hello.host_id and still_runs(entry["pid"])
 
+        number, self._number, self._meeting = self._number, self._number + 1, arrived.formed["meeting"]
         host_returns = self._expect_again(arrived.formed)
         host_in_words = f"{facts.place.at(0).in_words} on host {arrived.formed['roster'][0]['host']},"
         lifeline.watch(
@@ -145,8 +150,7 @@ class Meetings:
             host_in_words=host_in_words,
         )
         try:
-            job = self._form(facts, arrived.formed, join_store(tunnel), lifeline, connections)
-            self._number, self._meeting = self._number + 1, job.meeting
+            job = self._form(facts, arrived.formed, join_store(tunnel), lifeline, connections, number)
             self.replica_is_back = (lambda: host.hub.replica_is_back) if host is not None else (lambda: False)
             yield job
             self.spans.enter_phase("waiting for the others to end")
@@ -171,7 +175,7 @@ class Meetings:
             self._goes_on = self._wants_to_go_on and facts.backend == "gloo"  # a wait in NCCL is not ended by its sockets
             if self._secret is None:
                 self._secret = secret_of(config)
-            host = self._open_door(facts, timeout) if facts.place.rank == 0 else None
+            host = self._open_door_in_time(facts, timeout) if facts.place.rank == 0 else None
         except UserError as error:
             tell_others(config, error, TELL_OTHERS_S)
             raise
@@ -192,13 +196,36 @@ class Meetings:
                 hello,
                 on_wait=lambda text: log.info("%s", text),
                 refused_s=self._refused_s,
-                is_asked_to_stop=self._is_asked_to_stop,
+                is_asked_to_stop=self._ends_waiting(),
             )
-        except UserError as error:
-            if host is not None:
+        except (UserError, KeyboardInterrupt) as error:
+            if isinstance(error, UserError) and host is not None:
                 linger(host.hub, error, TELL_OTHERS_S)
-            raise
+            if not self._is_asked_to_stop():
+                raise
+            if host is not None:
+                host.hub.close()
+            tell_others(config, UserError("it was interrupted, and the job with it"), TELL_INTERRUPTED_S)
+            raise KeyboardInterrupt from error
         return _Arrival(facts=facts, host=host, address=address, lifeline=lifeline, hello=hello, formed=formed)
+
+    def _ends_waiting(self) -> Callable[[], bool]:
+        """Whether to come to no meeting any more. A request to stop that came before is heard behind the next step, which saves what this
+        rank holds; one that comes while it waits for others ends that at once."""
+        came_before, give_up = self._is_asked_to_stop() and self.holds_state(), time.monotonic() + self._link_back_s
+        return lambda: self._is_asked_to_stop() and not (came_before and time.monotonic() < give_up)
+
+    def _open_door_in_time(self, facts: LocalFacts, timeout: timedelta) -> _Host:
+        """_open_door(); where it was open before, an address that is gone or a port that is taken may only be so for a moment."""
+        give_up = time.monotonic() + (self._deadline_s if self._number else 0.0)
+        while True:
+            try:
+                return self._open_door(facts, timeout)
+            except UserError as error:
+                if time.monotonic() >= give_up or self._is_asked_to_stop():
+                    error.restart_helps = self._number > 0
+                    raise
+            time.sleep(DOOR_AGAIN_S)
 
     def _expect_again(self, formed: dict[str, Any]) -> bool:
         """What the next meeting is given, if there is one; whether to wait for rank 0 to open it where that is lost."""
@@ -224,6 +251,8 @@ class Meetings:
         if trouble is not None and trouble.meets_again and self._goes_on:
             lifeline.leave()
             self._takes_in = isinstance(error, MeetAgain)
+            if not isinstance(error, (MeetAgain, PeerLost, dist.DistError)):
+                log.warning("%s", f"{_reason(error)}, while this meeting ended")
             if host is not None:
                 self._dead = host.hub.lost
                 host.hub.close()
@@ -290,7 +319,7 @@ class Meetings:
         )
 
     def _form(
-        self, facts: LocalFacts, formed: dict[str, Any], store: dist.Store, lifeline: Lifeline, connections: Connections
+        self, facts: LocalFacts, formed: dict[str, Any], store: dist.Store, lifeline: Lifeline, connections: Connections, number: int
     ) -> Job:
         config, roster = self._config, formed["roster"]
         members = [entry["rank"] for entry in roster]
@@ -303,14 +332,17 @@ class Meetings:
             f"the ranks have met, but {facts.place.in_words} did not get its connections to the others over {facts.interface.name} within "
             f"{config.rendezvous_timeout:.0f} s (--rendezvous-timeout). Let any firewall between the hosts pass all ports of that interface"
         )
-        trouble = Trouble(text=text, restart_helps=False)
+        trouble = Trouble(text=text, restart_helps=number + self._returns.attempt > 0)  # they have been made before
+        connect_timeout = timedelta(seconds=max(CONNECT_S, silent_after_s(config.peer_timeout_s))) if self._goes_on else None
         too_late = threading.Timer(config.rendezvous_timeout, end_process, [facts, self.spans, trouble])
         too_late.daemon = True
         too_late.start()
         try:
             with connections.recorded():
-                join_process_group(place, dist.PrefixStore("groups", store), facts.backend, COLLECTIVE_TIMEOUT)
-                groups = make_groups(place, facts.backend, COLLECTIVE_TIMEOUT)
+                join_process_group(place, dist.PrefixStore("groups", store), facts.backend, COLLECTIVE_TIMEOUT, connect_timeout)
+                groups = make_groups(place, facts.backend, COLLECTIVE_TIMEOUT, connect_timeout)
+        except RuntimeError as error:  # of gloo and the store
+            raise PeerLost(f"{text} ({error})") from error
         finally:
             too_late.cancel()
         own = {name: getattr(facts, name) for name in LocalFacts.__dataclass_fields__}
@@ -324,8 +356,9 @@ class Meetings:
             num_replicas=facts.place.dp_size,
             num_threads=num_threads,
             spans=self.spans,
-            number=self._number,
+            number=number,
             meeting=formed["meeting"],
+            connect_timeout=connect_timeout,
         )
 
 

@@ -12,11 +12,15 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch.distributed as dist
+
+from comms.links import PeerLost
 from comms.place import place_of
 from training.config import Config
 from training.epochs import with_total_steps
@@ -37,7 +41,9 @@ from user_error import UserError
 
 log = logging.getLogger("trainer")
 
-MOST_REPLAYS = 5  # meetings in a row from which no optimizer step comes
+MOST_REPLAYS = 8  # meetings in a row from which no optimizer step comes
+LONGEST_PAUSE_S = 16.0  # before such a meeting: 0, 1, 2, 4 ...
+SOUND = (MeetAgain, PeerLost, dist.DistError)  # after any other error what this rank holds may be half of an update
 
 
 class Rounds:
@@ -51,10 +57,12 @@ class Rounds:
         self._meetings.holds_state = lambda: self._trainer is not None and self._trainer.standing is not None
         self._trainer: Trainer | None = None
         self._folders: Folders | None = None
+        self._folders_of: tuple[int, ...] = ()  # the members of the meeting in which they were found
         self._rescue: Folders | None = None
         self._held = ExitStack()  # what belongs to the trainer: locks, data files
         self._lost_at = supervised.lost_at if supervised is not None else None  # as time.time()
-        self._limits = Limits(max_seconds=config.max_seconds, min_free_memory=config.min_free_memory)
+        began_at = supervised.began_at if supervised is not None else None
+        self._limits = Limits(max_seconds=config.max_seconds, min_free_memory=config.min_free_memory, began_at=began_at)
         self._run_token: str | None = None  # on rank 0: what marks the steps of this run
         self._num_replays = 0
 
@@ -68,6 +76,8 @@ class Rounds:
                     return
                 except MeetAgain as again:
                     self._lost_at = self._lost_at or time.time()
+                    if not isinstance(again.__cause__, SOUND):
+                        self.close()
                     self._check_progress(again)
 
     def close(self) -> None:
@@ -75,6 +85,8 @@ class Rounds:
         self._trainer, trainer = None, self._trainer
         if trainer is not None:
             trainer.close()
+            del trainer
+            gc.collect()  # weights and moments hang in cycles; the next trainer would need the memory beside them
         self._held.close()
         self._held = ExitStack()
 
@@ -84,12 +96,13 @@ class Rounds:
         set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
         job.spans.enter_phase("preparing data and checkpoints")
         own = None if self._trainer is None else self._trainer.standing
-        said = all_say(job, job.store, "standing", None if own is None else own.as_json())
-        standings = [None if one is None else Standing.from_json(one) for one in said]
+        said = all_say(job, job.store, "standing", [None if own is None else own.as_json(), self._folders_of])
+        standings = [None if one is None else Standing.from_json(one) for one, _ in said]
         ground = common_ground(standings)
         if ground is not None and self._trainer is not None and self._folders is not None:
-            if len(self._folders_of()) != place.world_size:
+            if any(tuple(members) != job.members for _, members in said):
                 self._folders, self._rescue = find_folders(job, self._root), find_rescue_folders(job, config)
+                self._folders_of = job.members
             self._trainer.go_on(job, ground, self._folders, self._rescue)
             if place.rank == 0:
                 missing = "" if job.is_whole else f" with {place.dp_size} of {job.num_replicas} replicas"
@@ -105,10 +118,6 @@ class Rounds:
     def _root(self) -> Path:
         assert self._config.checkpoint_path is not None, "parse_config requires it"
         return Path(self._config.checkpoint_path)
-
-    def _folders_of(self) -> list[int]:
-        assert self._folders is not None, "found when the trainer was built"
-        return [rank for group in self._folders.groups for rank in group]
 
     def _build(self, job: Job) -> bool:
         """From the newest checkpoint, or the beginning. False if there is nothing to do."""
@@ -128,7 +137,7 @@ class Rounds:
         job = dataclasses.replace(job, cut=plan.cut)
         claim_folder(job, config, self._root, start, desk)
         job.spans.enter_phase("loading weights")
-        self._folders, self._rescue = start.folders, start.rescue
+        self._folders, self._rescue, self._folders_of = start.folders, start.rescue, job.members
         self._trainer = Trainer(job, config, start, desk, plan, self._limits)
         return True
 
@@ -145,7 +154,12 @@ class Rounds:
         """Raises UserError where meeting after meeting brings no step."""
         self._num_replays += 1
         if self._num_replays > MOST_REPLAYS:
-            raise UserError(
+            error = UserError(
                 f"the ranks have met {self._num_replays} times and did not get through a single optimizer step in between; last: {again}. "
                 "See what stands between their hosts, and start the job again: it resumes from its newest checkpoint"
-            ) from again
+            )
+            error.restart_helps = True
+            raise error from again
+        give_up = time.monotonic() + min(LONGEST_PAUSE_S, 2.0 ** (self._num_replays - 2)) if self._num_replays > 1 else 0.0
+        while time.monotonic() < give_up and self._stop_request.name is None:
+            time.sleep(0.1)

@@ -289,11 +289,8 @@ class _StepSave:
     def _remove_old(self) -> list[str]:
         try:
             self._forget_best()
-            return (
-                remove_old_steps(self.writer.root, self.writer.final, self.keep, spared=str(self.best.step) if self.best else None)
-                if self.keep
-                else []
-            )
+            spared = str(self.best.step) if self.best else None
+            return remove_old_steps(self.writer.root, self.writer.final, self.keep, spared=spared) if self.keep else []
         except (UserError, OSError) as error:
             log.warning("old checkpoints could not be removed (--keep-checkpoints): %s", error)
             return []
@@ -304,6 +301,8 @@ class _StepSave:
             outcome = {"result": work()}
         except StepNotSaved as error:  # another rank's failure, which this one waited for
             outcome = {"failed": str(error)}
+        except dist.DistError:  # no store, no others: the meeting is over
+            raise
         except UserError as error:
             outcome = {"failed": f"{self.job.peer_names[self.job.place.rank]}: {error}"}
         except Exception as error:  # whatever a filesystem or a defect of ours comes up with costs this checkpoint and not the training

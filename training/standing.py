@@ -31,6 +31,11 @@ class Standing:
         """For all_say()."""
         return {**self.__dict__, "decision": None if self.decision is None else asdict(self.decision)}
 
+    @classmethod
+    def loaded(cls, optimizer_step: int, meeting: str) -> "Standing":
+        """With all others, from a checkpoint or the beginning."""
+        return cls(optimizer_step=optimizer_step, decision=None, settled=optimizer_step, decided_in=meeting, meeting=meeting)
+
     def behind(self, optimizer_step: int, decision: StepDecision) -> "Standing":
         """After that update, in the meeting where it was decided."""
         return replace(self, optimizer_step=optimizer_step, decision=decision, decided_in=self.meeting)

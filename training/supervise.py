@@ -130,11 +130,12 @@ class LifePipe:
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
     """What a worker is told by its supervisor. run_id: drawn by each supervisor, equal over its restarts; attempt: 0 the first; lost_at:
-    seconds as time.time() when the loss of the attempt before was noticed, None for the first."""
+    seconds as time.time() when the loss of the attempt before was noticed, None for the first; began_at: when the supervisor began."""
 
     run_id: str
     attempt: int
     lost_at: float | None
+    began_at: float
     pipe: LifePipe
 
     @classmethod
@@ -144,7 +145,8 @@ class Supervised:
             told = json.loads(environment.get(VARIABLE, ""))
             if told["supervisor"] != os.getppid() or not stat.S_ISFIFO(os.fstat(told["pipe"]).st_mode):
                 return None  # inherited by what a worker has started
-            return cls(run_id=told["run_id"], attempt=told["attempt"], lost_at=told["lost_at"], pipe=LifePipe(told["pipe"]))
+            known = {name: told[name] for name in ("run_id", "attempt", "lost_at", "began_at")}
+            return cls(**known, pipe=LifePipe(told["pipe"]))
         except (ValueError, TypeError, KeyError, OSError):
             return None
 
@@ -247,14 +249,14 @@ class Supervisor:
     def run(self) -> int:
         """To the end of the last worker. Returns the exit status."""
         policy = self._policy
-        run_id, lost_at = os.urandom(8).hex(), None
+        run_id, lost_at, began_at = os.urandom(8).hex(), None, time.time()
         num_restarts = num_crashes = num_fruitless = 0
         furthest = -1
         limit = "without limit" if policy.max_restarts is None else f"at most {policy.max_restarts} times"
         log.info("when the worker or a rank that it needs is lost, the worker is started again, %s", limit)
         while True:
             try:
-                worker = _Worker(self._command, {"run_id": run_id, "attempt": num_restarts, "lost_at": lost_at})
+                worker = _Worker(self._command, {"run_id": run_id, "attempt": num_restarts, "lost_at": lost_at, "began_at": began_at})
             except OSError as error:
                 log.error("the worker cannot be started: %s", error)
                 return 1
