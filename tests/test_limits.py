@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ def test_max_seconds_ends_a_run_saved_and_the_same_command_goes_on(flags: dict[s
     again = train(tmp_path / "ranks", stages=2, **endless)
     assert "resuming from" in again[0].text
     assert len(log_rows(tmp_path / "run")) > step
+
+
+def test_max_seconds_counts_from_the_start_of_the_supervisor() -> None:
+    """However often it has started the worker again."""
+    assert Limits(max_seconds=3600, min_free_memory=0, began_at=time.time() - 3500).reason() is None
+    assert Limits(max_seconds=3600, min_free_memory=0, began_at=time.time() - 3601).reason() == "--max-seconds 3600"
+    assert Limits(max_seconds=3600, min_free_memory=0).reason() is None
 
 
 def test_a_host_that_runs_out_of_memory_stops_all_ranks_behind_the_step(flags: dict[str, Any], tmp_path: Path) -> None:

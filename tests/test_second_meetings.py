@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,32 @@ def test_a_request_to_stop_that_comes_with_a_meeting_is_heard_and_saved(link_bre
     assert asked.exists() and [process.status for process in ranks] == [0, 0], said(ranks)
     steps = [int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
     assert steps == [6], "the step that was asked in is finished and saved"
+
+
+def test_whoever_goes_back_to_a_checkpoint_has_let_go_of_the_old_weights_first(flags: dict[str, Any], tmp_path: Path) -> None:
+    """A host that has room for one trainer would else lose the ranks that had survived."""
+    flags |= {"data_group_size": 1, "world_size": 2, "total_steps": 8}
+    stamp = tmp_path / "fired"
+
+    def watched(rank: int) -> None:
+        make, before = Trainer.__init__, []
+
+        def made(self: Trainer, *args: Any) -> None:
+            alive = [reference for reference in before if reference() is not None]
+            print(f"made when {len(alive)} of {len(before)} are alive", flush=True)
+            make(self, *args)
+            before.extend(weakref.ref(part) for part in (self, self._stage, self._optimizer, self._gradient))
+
+        Trainer.__init__ = made  # type: ignore[method-assign]
+
+    before = both(supervised(0), watched, plant(Fault.KILL, "backward", 1, stamp))
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 2, tmp_path / "ranks", before)
+    wait_until(stamp.exists, 60, ranks)
+    ranks[1].wait(10)
+    others = [ranks[0], *again(flags, tmp_path, 1)]
+    all_end(others, 60)
+    assert [process.status for process in others] == [0, 0], said(others)
+    assert "made when 0 of 0 are alive" in ranks[0].text and "made when 0 of 4 are alive" in ranks[0].text, ranks[0].text
 
 
 MODES: dict[str, dict[str, Any]] = {

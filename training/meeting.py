@@ -248,7 +248,7 @@ class Meetings:
             if isinstance(error, (PeerLost, dist.DistError)) and trouble is None:  # nobody is known to be gone
                 lifeline.report_broken(_reason(error))
                 trouble = lifeline.trouble(CAUSE_WAIT_S)
-        if trouble is not None and trouble.meets_again and self._goes_on:
+        if trouble is not None and trouble.meets_again and self._goes_on and not isinstance(error, KeyboardInterrupt):
             lifeline.leave()
             self._takes_in = isinstance(error, MeetAgain)
             if not isinstance(error, (MeetAgain, PeerLost, dist.DistError)):
@@ -329,8 +329,8 @@ class Meetings:
         torch.set_num_threads(num_threads)
         keep_freed_memory()
         text = (
-            f"the ranks have met, but {facts.place.in_words} did not get its connections to the others over {facts.interface.name} within "
-            f"{config.rendezvous_timeout:.0f} s (--rendezvous-timeout). Let any firewall between the hosts pass all ports of that interface"
+            f"the ranks have met, but {facts.place.in_words} did not get its connections to the others over {facts.interface.name} in "
+            "time. Let any firewall between the hosts pass all ports of that interface"
         )
         trouble = Trouble(text=text, restart_helps=number + self._returns.attempt > 0)  # they have been made before
         connect_timeout = timedelta(seconds=max(CONNECT_S, silent_after_s(config.peer_timeout_s))) if self._goes_on else None
@@ -342,7 +342,7 @@ class Meetings:
                 join_process_group(place, dist.PrefixStore("groups", store), facts.backend, COLLECTIVE_TIMEOUT, connect_timeout)
                 groups = make_groups(place, facts.backend, COLLECTIVE_TIMEOUT, connect_timeout)
         except RuntimeError as error:  # of gloo and the store
-            raise PeerLost(f"{text} ({error})") from error
+            raise PeerLost(f"{text} ({str(error).partition(chr(10))[0]})") from error
         finally:
             too_late.cancel()
         own = {name: getattr(facts, name) for name in LocalFacts.__dataclass_fields__}

@@ -86,7 +86,7 @@ class Rounds:
         if trainer is not None:
             trainer.close()
             del trainer
-            gc.collect()  # weights and moments hang in cycles; the next trainer would need the memory beside them
+        gc.collect()  # weights and moments hang in cycles; the next trainer would need the memory beside them
         self._held.close()
         self._held = ExitStack()
 
