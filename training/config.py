@@ -235,7 +235,11 @@ class Config(ReadingConfig):
         "go on without a replica that is lost (not the one of rank 0), its share dealt to the others, and take it back when it returns",
         group=FAILURES,
     )
-    max_seconds: float | None = flag(None, "stop, saved, after the step in which this time is over, counted over all of a supervisor's restarts", group=FAILURES)
+    max_seconds: float | None = flag(
+        None,
+        "stop after the step during which this time is over, saved, as on a signal; with a supervisor, since that began",
+        group=FAILURES,
+    )
     min_free_memory: float = flag(
         0.25,
         "GiB of this host's memory; where less is free, all ranks stop after the step, saved, before the kernel kills one; 0: never",
