@@ -4,6 +4,7 @@ Ranks are forked from the test process, which has imported torch already: four r
 imports for itself. torch computes with one thread in the parent (conftest.py), because OpenMP's pool does not survive a fork."""
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -86,6 +87,7 @@ def fork(work: Callable[[], int], output: Path) -> Process:
     if pid:
         return Process(pid, output)
     status = 99
+    gc.freeze()  # what the test process has imported is no garbage here: looking through it takes a rank most of a second
     try:
         descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(descriptor, 1)

@@ -85,8 +85,6 @@ class Rounds:
         self._trainer, trainer = None, self._trainer
         if trainer is not None:
             trainer.close()
-            del trainer
-        gc.collect()  # weights and moments hang in cycles; the next trainer would need the memory beside them
         self._held.close()
         self._held = ExitStack()
 
@@ -122,6 +120,8 @@ class Rounds:
     def _build(self, job: Job) -> bool:
         """From the newest checkpoint, or the beginning. False if there is nothing to do."""
         self.close()
+        if self._folders is not None:
+            gc.collect()  # the old trainer's weights and moments hang in cycles; the new one would need the memory beside them
         config = self._config
         if config.profiling == "tidy_profiling" and job.place.rank == 0:
             check_trace_path(config.trace_file)
