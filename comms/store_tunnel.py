@@ -10,6 +10,8 @@ The tunnel takes connections of its own process only. Closing it wakes whatever 
 
 import asyncio
 import contextlib
+import ctypes
+import functools
 import os
 import socket
 import threading
@@ -26,8 +28,32 @@ PIECE_BYTES = 2**16
 ANSWER_S = 15.0
 
 
+@functools.cache
+def _look_up_once() -> None:
+    """torch asks the resolver for the name behind the first store connection of a process, ::ffff:127.0.0.1, and waits for it: 5 s and more
+    where nobody answers. So a thread of this process makes the first one, and has no name servers."""
+
+    def make() -> None:
+        libc = ctypes.CDLL(None)
+        libc.__res_state.restype = ctypes.c_void_p
+        libc.__res_init()
+        # struct __res_state of resolv.h, each thread's own: int retrans, retry; unsigned long options; int nscount; ...
+        (ctypes.c_int * 5).from_address(libc.__res_state())[4] = 0
+        _serve(timedelta(seconds=ANSWER_S))
+
+    if hasattr(ctypes.CDLL(None), "__res_state"):  # glibc
+        thread = threading.Thread(target=make, name="look-up", daemon=True)
+        thread.start()
+        thread.join()
+
+
 def serve_store(timeout: timedelta) -> dist.TCPStore:
     """On rank 0: the server, at a free port (``.port``) of 127.0.0.1 and nowhere else."""
+    _look_up_once()
+    return _serve(timeout)
+
+
+def _serve(timeout: timedelta) -> dist.TCPStore:
     listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
     return dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach())
@@ -106,6 +132,7 @@ class StoreTunnel:
 def join_store(tunnel: StoreTunnel) -> dist.TCPStore:
     """A client of rank 0's store. Raises torch's DistError when it does not answer within ANSWER_S. That is also how long a wait lasts that
     does not say otherwise, and how long a client tries in vain to reach a tunnel that was closed under it."""
+    _look_up_once()
     return dist.TCPStore(LOOPBACK, tunnel.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
 
 

@@ -301,15 +301,18 @@ from comms.rendezvous import listen
 from comms.store_tunnel import StoreTunnel, join_store, serve_store
 from comms.lifeline import Lifeline
 from door_helpers import SECRET, at_once, hello_of, strangers
+began = time.monotonic()
 listener, store = listen("10.82.0.1", 0), serve_store(timedelta(seconds=10))
+served_s = time.monotonic() - began
 door = listener.getsockname()
 hub = Hub(listener, secret=SECRET, world_size=2, deadline_s=20, store_port=store.port, describe=str)
 held = strangers(door, 300)
 began = time.monotonic()
 said = at_once(*(lambda rank=rank: Lifeline(door, SECRET, deadline_s=20).join(hello_of(rank)) for rank in (0, 1)))
 join_store(StoreTunnel(door, SECRET, "rank 1")).set("a", "b")
-print(said, time.monotonic() - began)
-sys.exit(0 if len(held) > 100 and time.monotonic() - began < 2 and store.get("a") == b"b" and all("roster" in s for s in said) else 1)
+took_s = served_s + time.monotonic() - began
+print(said, took_s)
+sys.exit(0 if len(held) > 100 and took_s < 2 and store.get("a") == b"b" and all("roster" in s for s in said) else 1)
 """
 
 
