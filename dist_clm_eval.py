@@ -14,6 +14,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names that nobody needs, and shows frames of C++ when a peer is lost
+
 try:
     from comms.links import PeerLost
     from training.evaluating import evaluate_rank

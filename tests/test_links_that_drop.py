@@ -12,7 +12,7 @@ from harness import equal_files, free_port, launch, log_rows, losses, train, tra
 
 from comms.lifeline import Lifeline
 from pipeline_parallel.engine import PipelineEngine
-from training import loop
+from training import loop, rounds
 from training.standing import Standing, common_ground
 
 STEPS = 8
@@ -117,6 +117,7 @@ def test_links_that_break_again_and_again_end_the_job_in_words(model_folder: Pat
 
         made: list[Any] = []
         keep_connections(made)
+        rounds.MOST_REPLAYS, rounds.LONGEST_PAUSE_S = 4, 0.5
         backward = PipelineEngine._backward
 
         def broken(*args: Any, **kwargs: Any) -> Any:
