@@ -60,10 +60,11 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Overdue:
-    """A rank to be taken for lost. why: the end of a sentence that begins with its name."""
+    """A rank to be taken for lost. why: the end of a sentence that begins with its name. all_wait: for each other; it is none of them."""
 
     rank: int
     why: str
+    all_wait: bool = False
 
 
 def silent_after_s(peer_timeout_s: float | None) -> float:
@@ -103,4 +104,5 @@ def find_overdue(pulses: Mapping[int, Pulse], now: float, peer_timeout_s: float 
     return Overdue(
         rank,
         f"lives but has not got on for {now - moved_at:.0f} s; it was {pulses[rank].last_words(now)}. Its output shows where it stands",
+        all_wait=not at_work,
     )

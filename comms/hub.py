@@ -40,8 +40,7 @@ from comms.secret import Secret
 
 log = logging.getLogger("trainer")
 
-LAST_WORDS_S = 1.0
-LEAVING_S = 5.0
+LAST_WORDS_S, LEAVING_S = 1.0, 5.0
 MOST_UNREAD_BYTES = 2**12  # of a connection; longer lines are read in pieces, once it is known who sends them
 SUSPICION_S = 1.0  # from a failed exchange until it counts as a broken link: the death of a rank is known by then
 
@@ -196,7 +195,7 @@ class Hub:
 
     def _admit_late(self, member: Member) -> Member | None:
         """The ranks have met already: a lost one may come back, a broken connection may be made again, and anybody else is too many."""
-        hello, members = member.hello, self._verdict.members
+        hello, members, waiting = member.hello, self._verdict.members, self._verdict.waiting
         known = members.get(hello.rank)
         if known is not None and hello.is_again(known.hello) and self._rules.may_meet_again:
             self._again(f"{self._describe(hello.rank)} on host {hello.host} has lost its connections and is back")
@@ -207,7 +206,6 @@ class Hub:
             text = f"this --dist-url belongs to a job that is already running with all its ranks; {hello.in_words} is one too many"
             member.send({"refused": f"{text}. Give every process of a job its own --rank, and another job another port"})
             return None
-        waiting = self._verdict.waiting
         problem = find_problem(hello, {rank: other.hello for rank, other in {**members, **waiting}.items()}, self._world_size)
         if problem is not None:
             member.send({"refused": problem})
@@ -237,8 +235,7 @@ class Hub:
         if not ranks or (absent and not self._grace_passed and not absent <= rules.dead):
             return
         roster = [verdict.members[rank].hello.entry for rank in ranks]
-        host = verdict.members[0].hello
-        verdict.formed = {"roster": roster, "host_comes_back": host.comes_back, "meeting": secrets.token_hex(8)}
+        verdict.formed = {"roster": roster, "host_comes_back": roster[0]["comes_back"], "meeting": secrets.token_hex(8)}
         verdict.waiting = {rank: member for rank, member in verdict.members.items() if rank not in ranks}
         verdict.members = {rank: verdict.members[rank] for rank in ranks}
         for member in verdict.members.values():
@@ -312,11 +309,10 @@ class Hub:
         if not is_dead and self._rules.may_meet_again:
             self._again(f"the connection to {self._name(member)} broke")
             return
-        hello = member.hello
         self._lose(
             member,
-            f"{self._describe(rank)} is gone: process {hello.pid} on host {hello.host} ended without a word, {last_words}. If nobody "
-            "killed it, that machine's kernel may have, for memory (dmesg)",
+            f"{self._describe(rank)} is gone: process {member.hello.pid} on host {member.hello.host} ended without a word, {last_words}. "
+            "If nobody killed it, that machine's kernel may have, for memory (dmesg)",
             restart_helps=True,
         )
 
@@ -347,7 +343,11 @@ class Hub:
             overdue = find_overdue(pulses, now, self._rules.peer_timeout_s)
             if overdue is not None:
                 member = verdict.members[overdue.rank]
-                self._lose(member, f"{self._name(member)} {overdue.why}", restart_helps=True)
+                text = f"{self._name(member)} {overdue.why}"
+                if overdue.all_wait and self._rules.may_meet_again:
+                    self._again(f"all ranks wait for each other, so a connection has broken in silence; {text}")
+                else:
+                    self._lose(member, text, restart_helps=True)
             waiting = {rank: member.pulse for rank, member in verdict.waiting.items()}
             while (overdue := find_overdue(waiting, now, self._rules.peer_timeout_s)) is not None:  # nobody waits for it
                 del waiting[overdue.rank]

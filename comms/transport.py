@@ -5,10 +5,12 @@ waits; a message's ``is_completed()`` never turns true before somebody waits, so
 host memory. nccl: messages of a group run in the order they were issued; waiting is ordering streams, never the host.
 """
 
+import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Protocol
 
 import torch
@@ -55,12 +57,21 @@ class _InOrder:
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Future[None]] | None] = queue.SimpleQueue()
+        self._open: dict[Future[None], None] = {}
         threading.Thread(target=self._run, name=name, daemon=True).start()
+        _threads.add(self)
 
     def submit(self, job: Callable[[], object]) -> Pending:
         future: Future[None] = Future()
+        self._open[future] = None
         self._jobs.put((job, future))
         return future
+
+    def break_off(self) -> None:
+        """Whoever waits for what was submitted waits no more. Called on any thread."""
+        for future in list(self._open):
+            with contextlib.suppress(InvalidStateError):  # it has just ended
+                future.set_exception(RuntimeError("the connection was broken off"))
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -71,10 +82,24 @@ class _InOrder:
             try:
                 job()
             except BaseException as error:  # whatever it is, raised again where the result is asked for: else that would wait for ever
-                future.set_exception(error)
+                failure: BaseException | None = error
             else:
-                future.set_result(None)
+                failure = None
+            with contextlib.suppress(InvalidStateError):  # it was broken off
+                future.set_exception(failure) if failure is not None else future.set_result(None)
+            self._open.pop(future, None)
+            failure = None
             del item, job, future  # what was sent is freed now, not when the next job comes
+
+
+_threads: weakref.WeakSet[_InOrder] = weakref.WeakSet()  # of this process, which is in one job at a time, as torch.distributed is
+
+
+def break_off_waits() -> None:
+    """End every wait for a message, where connections have been shut down: gloo tells those who wait for a message that has not begun to
+    come, or to go, and forgets those in the middle of one. Their threads stay behind, with what was under way."""
+    for thread in list(_threads):
+        thread.break_off()
 
 
 class GlooTransport:

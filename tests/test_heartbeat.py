@@ -31,7 +31,11 @@ def test_who_works_and_does_not_get_on_is_lost_and_not_those_who_wait_for_it() -
     assert lost(waiting, pulse(still_s=STUCK_S - 1)) is None
     assert lost(waiting, pulse(still_s=STUCK_S + 1)) == 1
     assert lost(waiting, pulse(still_s=STUCK_S + 1, in_step=False)) is None, "a save takes as long as it takes"
-    assert lost(waiting, pulse(still_s=STUCK_S + 1, waits=True)) == 0, "all wait: for each other, or for nothing"
+    all_waiting = {0: waiting, 1: pulse(still_s=STUCK_S + 1, waits=True)}
+    found = find_overdue(all_waiting, NOW, None)
+    assert found is not None and found.rank == 0 and found.all_wait, "for each other, or for nothing"
+    found = find_overdue({0: waiting, 1: pulse(still_s=STUCK_S + 1)}, NOW, None)
+    assert found is not None and not found.all_wait
 
 
 def test_the_limit_follows_the_longest_step() -> None:

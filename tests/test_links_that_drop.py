@@ -3,16 +3,24 @@ same processes, and losses and files are those of an undisturbed run, bit for bi
 
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from fault_helpers import Fault, all_end, keep_connections, plant, said
-from harness import equal_files, free_port, launch, log_rows, losses, train, train_argv
+from harness import equal_files, free_port, launch, log_rows, losses, run_ranks, train, train_argv
 
+from comms.connections import Connections
+from comms.groups import join_process_group, make_groups
 from comms.lifeline import Lifeline
+from comms.place import place_of
+from comms.transport import break_off_waits, make_transport
 from pipeline_parallel.engine import PipelineEngine
 from training import loop, rounds
+from training.job import COLLECTIVE_TIMEOUT
 from training.standing import Standing, common_ground
 
 STEPS = 8
@@ -187,3 +195,37 @@ def test_a_link_that_breaks_while_a_resume_is_verified_costs_no_bit(model_folder
     assert "All ranks meet again" in ranks[0].text
     assert losses(tmp_path / "run") == losses(plain)
     assert equal_files(tmp_path / "run" / str(STEPS), plain / str(STEPS)) == []
+
+
+def test_a_message_that_is_cut_off_in_the_middle_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """gloo forgets those who are in the middle of one; and the same processes make groups and send again."""
+
+    def rank_main(rank: int, store: dist.Store) -> None:
+        place, message = place_of(rank, dp_size=1, pp_size=2), torch.zeros(800_000_000, dtype=torch.uint8)
+        for meeting in range(3):
+            connections = Connections()
+            with connections.recorded():
+                join_process_group(place, dist.PrefixStore(f"{meeting}", store), "gloo", COLLECTIVE_TIMEOUT)
+                groups = make_groups(place, "gloo", COLLECTIVE_TIMEOUT)
+            pair = groups.to_next or groups.to_previous
+            assert pair is not None
+            ours, theirs = (pair.activations, pair.gradients) if rank == 0 else (pair.gradients, pair.activations)
+            transport = make_transport(send_group=ours, recv_group=theirs, peer=1 - rank, device=torch.device("cpu"))
+            part = message if meeting < 2 else message[:1000]
+            under_way = transport.send(part, 0) if rank == 0 else transport.receive(part, 0)
+            if meeting < 2:
+                time.sleep(0.03)
+                if rank == meeting:  # the other one hears of it through the hub, a moment later
+                    connections.break_all()
+                else:
+                    time.sleep(0.3)
+                    connections.break_all()
+                break_off_waits()
+                with pytest.raises(RuntimeError):
+                    under_way.result()
+            else:
+                under_way.result()
+            transport.close()
+            dist.destroy_process_group()
+
+    run_ranks(rank_main, 2, tmp_path, timeout_s=30)

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import os
-import sys
 import threading
 import time
 import traceback
@@ -35,9 +34,10 @@ from comms.roster import Hello
 from comms.secret import Secret
 from comms.spans import Spans
 from comms.store_tunnel import StoreTunnel, join_store, serve_store
+from comms.transport import break_off_waits
 from training.allocator import keep_freed_memory
 from training.config import Config
-from training.exit_status import EXIT_FAILED, EXIT_PEER_LOST
+from training.ending import end_process, see_it_leave
 from training.job import COLLECTIVE_TIMEOUT, Job, MeetAgain
 from training.limits import explain_out_of_memory
 from training.local_facts import LocalFacts, look_around
@@ -48,7 +48,6 @@ log = logging.getLogger("trainer")
 
 CAUSE_WAIT_S = 5.0
 TELL_LOSS_S = 2.0
-LAST_WORDS_S = 3.0
 REFUSED_S = 3.0  # rank 0 opens the next door in a moment
 MIN_LINK_BACK_S = 30.0  # for ranks to come to a second meeting
 CONNECT_S = 20.0  # for one rank to call another, where both are about to: a loss meanwhile cannot wake the one that waits
@@ -106,6 +105,7 @@ class Meetings:
         self._secret: Secret | None = None
         self._port = 0  # of rank 0's door where torchrun's store says which: the same one in every meeting
         self._dead: frozenset[int] = frozenset()
+        self._has_left = threading.Event()  # the main thread, a meeting that has broken off
         self._takes_in = False  # the next one: all ranks have agreed on it
         self._number, self._meeting = 0, ""
         self._refused_s = math.inf
@@ -131,7 +131,10 @@ class Meetings:
                 end_process(facts, self.spans, trouble)
             log.warning("%s", f"{trouble.text.rstrip('.')}. All ranks meet again")
             connections.break_all()
+            break_off_waits()
             tunnel.close()
+            self._has_left.clear()
+            threading.Thread(target=see_it_leave, args=(facts, self.spans, trouble, self._has_left), name="leaving", daemon=True).start()
 
         def host_lives() -> bool:
             """Known on its own host alone; another one's kernel closes connections of dead processes only."""
@@ -250,6 +253,7 @@ class Meetings:
                 trouble = lifeline.trouble(CAUSE_WAIT_S)
         if trouble is not None and trouble.meets_again and self._goes_on and not isinstance(error, KeyboardInterrupt):
             lifeline.leave()
+            self._has_left.set()
             self._takes_in = isinstance(error, MeetAgain)
             if not isinstance(error, (MeetAgain, PeerLost, dist.DistError)):
                 log.warning("%s", f"{_reason(error)}, while this meeting ended")
@@ -375,19 +379,3 @@ def _reason(error: BaseException) -> str:
         return str(error)
     advice = explain_out_of_memory(error)
     return f"{type(error).__name__}: {error}" + (f". {advice[0].upper()}{advice[1:]}" if advice else "")
-
-
-def end_process(facts: LocalFacts, spans: Spans, trouble: Trouble) -> None:
-    """Called on the lifeline's thread. The main thread may hang in a wait that nothing can cancel, so the process ends here and now."""
-    status = EXIT_PEER_LOST if trouble.restart_helps else EXIT_FAILED
-    threading.Timer(LAST_WORDS_S, os._exit, [status]).start()  # also if nobody reads our stderr any more
-    try:
-        helps = trouble.restart_helps
-        where = f"This was noticed during {spans.in_words} on {facts.place.in_words}. " if helps else ""
-        advice = "The job cannot go on; start it again with the same command and it resumes from its newest checkpoint." if helps else ""
-        log.error("%s", f"{trouble.trace}{trouble.text.rstrip('.')}. {where}{advice}".rstrip())
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)

@@ -1,0 +1,43 @@
+"""How a process ends that cannot go on, whatever its main thread is in. Called on the lifeline's thread, or on one of its own."""
+
+import logging
+import os
+import sys
+import threading
+
+from comms.lifeline import Trouble
+from comms.spans import Spans
+from training.exit_status import EXIT_FAILED, EXIT_PEER_LOST
+from training.local_facts import LocalFacts
+
+log = logging.getLogger("trainer")
+
+LAST_WORDS_S = 3.0
+LEAVES_S = 25.0  # a wait that nothing ends
+LOOKS_S = 1.0
+
+
+def see_it_leave(facts: LocalFacts, spans: Spans, trouble: Trouble, has_left: threading.Event) -> None:
+    """After ``trouble``, until the main thread ``has_left`` the meeting: end the process where it waits on and on. All connections have
+    been shut down; gloo forgets to tell those who are in the middle of a message. A thread that works is let finish."""
+    while not has_left.wait(LOOKS_S):
+        beat = spans.beat
+        if beat.waits and beat.for_s > LEAVES_S:
+            text = f"{trouble.text.rstrip('.')}. All ranks meet again, and {facts.place.in_words} does not come out of a wait: {beat.doing}"
+            end_process(facts, spans, Trouble(text=text))
+
+
+def end_process(facts: LocalFacts, spans: Spans, trouble: Trouble) -> None:
+    """Called on the lifeline's thread. The main thread may hang in a wait that nothing can cancel, so the process ends here and now."""
+    status = EXIT_PEER_LOST if trouble.restart_helps else EXIT_FAILED
+    threading.Timer(LAST_WORDS_S, os._exit, [status]).start()  # also if nobody reads our stderr any more
+    try:
+        helps = trouble.restart_helps
+        where = f"This was noticed during {spans.in_words} on {facts.place.in_words}. " if helps else ""
+        advice = "The job cannot go on; start it again with the same command and it resumes from its newest checkpoint." if helps else ""
+        log.error("%s", f"{trouble.trace}{trouble.text.rstrip('.')}. {where}{advice}".rstrip())
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
