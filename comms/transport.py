@@ -6,10 +6,11 @@ host memory. nccl: messages of a group run in the order they were issued; waitin
 """
 
 import contextlib
+import ctypes
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from typing import Protocol
 
@@ -100,6 +101,29 @@ def break_off_waits() -> None:
     come, or to go, and forgets those in the middle of one. Their threads stay behind, with what was under way."""
     for thread in list(_threads):
         thread.break_off()
+
+
+def wait_for(works: Mapping[dist.Work, dist.ProcessGroup]) -> None:
+    """``wait()`` for collective operations, each of its group, in this order; break_off_waits() ends it (with gloo). Raises what one of
+    them failed with; RuntimeError for a lost peer."""
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    if all(work.is_completed() or dist.get_backend(group) != "gloo" for work, group in works.items()):
+        wait()
+        return
+    thread = _InOrder("collectives")
+    try:
+        thread.submit(wait).result()
+    except RuntimeError:
+        for work, group in works.items():
+            if not work.is_completed():  # the destructor of its group would wait for it, for ever, at the end of the process too
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        raise
+    finally:
+        thread.close()
 
 
 class GlooTransport:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from comms.links import naming_the_peer
 from comms.place import Place
+from comms.transport import wait_for
 
 NORM_CHUNK_ELEMENTS = 2**20
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -82,7 +83,9 @@ def decide_step(
     votes[wishes_at:num_votes] = torch.tensor(astuple(wishes), dtype=torch.float64)
     on_wire = votes if dist.get_backend() == "gloo" else votes.to(device)
     with naming_the_peer("agreeing on the step with the other ranks"):
-        dist.all_reduce(on_wire)
+        work = dist.all_reduce(on_wire, async_op=True)
+        assert work is not None and dist.group.WORLD is not None, "every rank is a member of the group of all"
+        wait_for({work: dist.group.WORLD})
     entries = on_wire.tolist()
     grad_norm = math.sqrt(sum(entries[: len(layers)]))
     clip_factor = 1.0

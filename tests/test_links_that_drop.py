@@ -3,6 +3,7 @@ same processes, and losses and files are those of an undisturbed run, bit for bi
 
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from comms.connections import Connections
 from comms.groups import join_process_group, make_groups
 from comms.lifeline import Lifeline
 from comms.place import place_of
-from comms.transport import break_off_waits, make_transport
+from comms.transport import break_off_waits, make_transport, wait_for
 from pipeline_parallel.engine import PipelineEngine
 from training import loop, rounds
 from training.job import COLLECTIVE_TIMEOUT
@@ -226,6 +227,32 @@ def test_a_message_that_is_cut_off_in_the_middle_keeps_nobody_waiting(tmp_path: 
             else:
                 under_way.result()
             transport.close()
+            dist.destroy_process_group()
+
+    run_ranks(rank_main, 2, tmp_path, timeout_s=30)
+
+
+def test_a_collective_operation_that_never_ends_keeps_nobody_and_no_process(tmp_path: Path) -> None:
+    """The other rank does not come to it; both leave, make groups again, add up, and end."""
+
+    def rank_main(rank: int, store: dist.Store) -> None:
+        place = place_of(rank, dp_size=2, pp_size=1)
+        for meeting in range(3):
+            join_process_group(place, dist.PrefixStore(f"{meeting}", store), "gloo", COLLECTIVE_TIMEOUT)
+            group, ones = make_groups(place, "gloo", COLLECTIVE_TIMEOUT).replicas[0], torch.ones(1000)
+            if meeting == 2:
+                work = dist.all_reduce(ones, group=group, async_op=True)
+                assert work is not None
+                wait_for({work: group})
+                assert ones.tolist() == [2.0] * 1000
+            elif rank == meeting:
+                works = [dist.all_reduce(ones.clone(), group=group, async_op=True) for _ in range(4)]
+                threading.Timer(0.2, break_off_waits).start()
+                with pytest.raises(RuntimeError, match="broken off"):
+                    wait_for({work: group for work in works if work is not None})
+                del works
+            else:
+                time.sleep(0.5)
             dist.destroy_process_group()
 
     run_ranks(rank_main, 2, tmp_path, timeout_s=30)
