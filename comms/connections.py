@@ -5,7 +5,10 @@ What ends it at once is the end of its connection, as if the peer had died. So t
 remembered, and break_all() shuts them down. Linux only, as /proc is.
 
 gloo's listeners stay open for the whole job and take whoever connects: each stranger costs a descriptor that is never given back, and where
-they run out gloo ends the process. So once the groups are made their listeners answer nobody any more."""
+they run out gloo ends the process. So once the groups are made their listeners answer nobody any more.
+
+gloo closes its end of a connection that has ended, and tells whoever waits for a message on it, unless the message had begun to travel. So
+has_lost_one() looks for sockets that are there no more."""
 
 import contextlib
 import ctypes
@@ -13,37 +16,57 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+_T = TypeVar("_T")
+
+_GREETING_BYTES = 8  # of gloo, which drops a stranger that has sent less and holds on to one that has sent another
+_BYTES_AT = struct.Struct("=120xQQ")  # in struct tcp_info of linux/tcp.h: tcpi_bytes_acked, tcpi_bytes_received
+_KEEP_ALIVE_PROBES = 60
 _SO_ATTACH_FILTER = 26  # of Linux; the socket module has no name for it
 _BPF_RETURN_CONSTANT = 0x06  # of linux/filter.h: BPF_RET | BPF_K
 
 
 class Connections:
-    """Of one meeting. Not for groups that are made on two threads at once. turns_strangers_away: whether the listeners of groups answer
-    nobody once recorded() ends; for gloo, which has made all its connections by then, and not for NCCL, which makes some later."""
+    """Of one meeting. Not for groups that are made on two threads at once. of_gloo: whether the groups are gloo's, which has made all its
+    connections when recorded() ends, so that its listeners may turn strangers away; NCCL makes some later, and ends some."""
 
-    def __init__(self, *, turns_strangers_away: bool = False) -> None:
-        self._turns_strangers_away = turns_strangers_away
-        self._before: frozenset[int] | None = None
+    def __init__(self, *, of_gloo: bool = False) -> None:
+        self._of_gloo = of_gloo
+        self._before: dict[int, int] | None = None
         self._recorded: frozenset[int] = frozenset()
+        self._of_groups: frozenset[int] = frozenset()  # of all that were made meanwhile, those that may be gloo's
+        self._greeted: frozenset[int] = frozenset()  # those of them on which gloo has spoken
         self._is_broken = False
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """Around the making of process groups."""
-        self._before = frozenset(own_sockets())
+        self._before = own_sockets()
+        # of the door, the store and its tunnel, where others connect meanwhile
+        ports = {_of_tcp(descriptor, _listening_port, 0) for descriptor in self._before.values()} - {0}
         try:
             yield
         finally:
             made = {inode: descriptor for inode, descriptor in own_sockets().items() if inode not in self._before}
             self._recorded |= frozenset(made)
             self._before = None
-            if self._turns_strangers_away:
+            if self._of_gloo:
+                self._of_groups |= {inode for inode, descriptor in made.items() if ports.isdisjoint(_of_tcp(descriptor, _ports, ports))}
+                self.has_lost_one()
                 for descriptor in made.values():
-                    _turn_strangers_away(descriptor)
+                    _of_tcp(descriptor, _outlast, None)
+                    _of_tcp(descriptor, _turn_strangers_away, None)
             if self._is_broken:
                 self.break_all()
+
+    def has_lost_one(self) -> bool:
+        """Whether a connection of gloo's has ended: one on which it has spoken is there no more. To be asked now and then."""
+        here = own_sockets()
+        unknown = self._of_groups - self._greeted
+        self._greeted |= {inode for inode in unknown if inode in here and _of_tcp(here[inode], _bytes_exchanged, 0) >= _GREETING_BYTES}
+        return not self._greeted <= here.keys()
 
     def break_all(self) -> None:
         """Shut every connection down; those of a group that is just being made, too. Any thread may call it, more than once."""
@@ -51,7 +74,7 @@ class Connections:
         before, recorded = self._before, self._recorded
         for inode, descriptor in own_sockets().items():
             if inode in recorded or (before is not None and inode not in before):
-                _shut_down(descriptor)
+                _of_tcp(descriptor, _shut_down, None)
 
 
 def own_sockets() -> dict[int, int]:
@@ -65,18 +88,53 @@ def own_sockets() -> dict[int, int]:
     return found
 
 
-def _shut_down(descriptor: int) -> None:
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
-        is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
-        if is_tcp and not copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # gloo ends the process over a broken listener
-            copy.shutdown(socket.SHUT_RDWR)
+def keep_alive(connection: socket.socket, *, probes: int = 5) -> None:
+    """Let the kernel probe a silent connection after 15 s and every 10 s: routers then do not forget it, and it ends when that many probes
+    have gone unanswered."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", probes)):
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _turn_strangers_away(descriptor: int) -> None:
-    """Where ``descriptor`` is a listener, let the kernel drop what comes to it, unanswered. Connections that were made stay as they are."""
+def _of_tcp(descriptor: int, act: Callable[[socket.socket, bool], _T], otherwise: _T) -> _T:
+    """What ``act`` returns for the socket and whether it is a listener; ``otherwise`` where it is not TCP's, or has been closed."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
-        is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
-        if is_tcp and copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            instruction = ctypes.create_string_buffer(struct.pack("=HBBI", _BPF_RETURN_CONSTANT, 0, 0, 0))  # keep 0 bytes of every packet
-            program = struct.pack("@HP", 1, ctypes.addressof(instruction))  # struct sock_fprog: how many, where
-            copy.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+        if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
+            return act(copy, bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)))
+    return otherwise
+
+
+def _shut_down(connection: socket.socket, is_listener: bool) -> None:
+    if not is_listener:  # gloo ends the process over a broken one
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _ports(connection: socket.socket, is_listener: bool) -> frozenset[int]:
+    """At both ends."""
+    return frozenset((connection.getsockname()[1], 0 if is_listener else connection.getpeername()[1]))
+
+
+def _listening_port(connection: socket.socket, is_listener: bool) -> int:
+    return int(connection.getsockname()[1]) if is_listener else 0
+
+
+def _bytes_exchanged(connection: socket.socket, is_listener: bool) -> int:
+    if is_listener:
+        return 0
+    state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_AT.size)
+    return sum(_BYTES_AT.unpack(state)) if len(state) == _BYTES_AT.size else 0
+
+
+def _outlast(connection: socket.socket, is_listener: bool) -> None:
+    """Nobody speaks on a connection of gloo for minutes, and a router between must not forget it; how long a cut may last is for others to
+    decide, who notice sooner."""
+    if not is_listener:
+        keep_alive(connection, probes=_KEEP_ALIVE_PROBES)
+
+
+def _turn_strangers_away(connection: socket.socket, is_listener: bool) -> None:
+    """Let the kernel drop what comes to a listener, unanswered. Connections that were made stay as they are."""
+    if is_listener:
+        instruction = ctypes.create_string_buffer(struct.pack("=HBBI", _BPF_RETURN_CONSTANT, 0, 0, 0))  # keep 0 bytes of every packet
+        program = struct.pack("@HP", 1, ctypes.addressof(instruction))  # struct sock_fprog: how many, where
+        connection.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

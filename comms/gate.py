@@ -6,9 +6,9 @@ answer to the challenge is right. Left to others: ranks (hub.py), the store (sto
 
 import asyncio
 import logging
-import socket
 from collections.abc import Awaitable, Callable
 
+from comms.connections import keep_alive
 from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, REFUSAL, Challenge, Session
 from comms.secret import Secret
 from comms.store_tunnel import pass_on
@@ -99,10 +99,3 @@ async def read_line(reader: asyncio.StreamReader) -> bytes:
         if len(line) > MAX_LINE_BYTES:
             raise ValueError("too long a line")
     return line
-
-
-def keep_alive(connection: socket.socket) -> None:
-    """Let the kernel probe a silent connection: routers then do not forget it, and a peer that is cut off shows after about a minute."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 5)):  # seconds, seconds, probes
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -34,9 +34,7 @@ class Groups:
     tokens: dist.ProcessGroup
 
 
-def join_process_group(
-    place: Place, store: dist.Store, backend: str, timeout: timedelta, connect_timeout: timedelta | None = None
-) -> None:
+def join_process_group(place: Place, store: dist.Store, backend: str, timeout: timedelta, connect_timeout: timedelta | None = None) -> None:
     """Make the default group of all ranks over ``store``. Called by all ranks; ends when all have come. connect_timeout: for that, where
     it is not ``timeout``: in gloo one rank of each pair waits to be called, and nothing can wake it."""
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=connect_timeout or timeout)

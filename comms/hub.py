@@ -42,7 +42,7 @@ log = logging.getLogger("trainer")
 
 LAST_WORDS_S, LEAVING_S = 1.0, 5.0
 MOST_UNREAD_BYTES = 2**12  # of a connection; longer lines are read in pieces, once it is known who sends them
-SUSPICION_S = 1.0  # from a failed exchange until it counts as a broken link: the death of a rank is known by then
+SUSPICION_S = 2.0  # from a failed exchange until it counts as a broken link: the death of a rank is known by then
 
 
 class Hub:
@@ -265,16 +265,15 @@ class Hub:
                     for other in self._verdict.members.values():
                         other.send({"end": True})
             elif "broken" in message:
-                await self._suspect(member, str(message["broken"]))
+                self._loop.call_later(SUSPICION_S, self._suspect, member, str(message["broken"]))
             elif "failed" in message:
                 text = f"{self._name(member)} stopped: {message['failed']}"
                 helps = bool(message.get("restart_helps"))
                 self._lose(member, text, restart_helps=helps, trace=str(message.get("trace") or ""))
 
-    async def _suspect(self, member: Member, text: str) -> None:
-        """An exchange failed: because somebody died, which is known in a moment, or because a connection broke."""
-        await asyncio.sleep(SUSPICION_S)
-        if self._is_over:
+    def _suspect(self, member: Member, text: str) -> None:
+        """An exchange failed a moment ago, and nobody is known to have died: a connection broke."""
+        if self._is_over or self._all_done.is_set():
             return
         said = f"{self._name(member)} says: {text}"
         if self._rules.may_meet_again:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from comms.gate import keep_alive
+from comms.connections import keep_alive
 from comms.handshake import MAX_LINE_BYTES, Reply, Session
 from comms.heartbeat import BEAT_S, Beat, silent_after_s
 from comms.links import PeerLost
@@ -24,6 +24,7 @@ from user_error import UserError
 GREETING_TIMEOUT_S = 10.0
 VERDICT_MARGIN_S = 15.0
 RETRY_S = 0.1
+BEATS_UNTOLD = 6  # from the end of a connection: the main thread says what it was for, and the hub who has died
 
 
 class NotLetIn(UserError):
@@ -178,18 +179,20 @@ class Lifeline:
         *,
         host_returns: bool,
         host_lives: Callable[[], bool],
+        has_lost_connection: Callable[[], bool] = lambda: False,
         outlasts_silence: bool = False,
         host_in_words: str = "rank 0",
     ) -> None:
         """Listen and send beats from now on; ``on_trouble`` is called, on the listening thread and at most once. host_returns: whether to
         wait for rank 0 to open another meeting where it falls silent or dies; host_lives: asked where the connection ends as that of a
-        dead process does; outlasts_silence: whether to come to another meeting after silence alone; host_in_words: how messages name it."""
+        dead process does; has_lost_connection: asked twice a second, whether one of the process groups has ended; outlasts_silence: whether
+        to come to another meeting after silence alone; host_in_words: how messages name rank 0."""
         self._heard_at = time.monotonic()
         self._host = f"{host_in_words} at {self._place}"
         threading.Thread(
             target=self._watch, args=(on_trouble, host_returns, host_lives, outlasts_silence), name="lifeline", daemon=True
         ).start()
-        threading.Thread(target=self._keep_beating, args=(beat,), name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._keep_beating, args=(beat, has_lost_connection), name="heartbeat", daemon=True).start()
 
     def _watch(
         self, on_trouble: Callable[[Trouble], None], host_returns: bool, host_lives: Callable[[], bool], outlasts_silence: bool
@@ -240,10 +243,14 @@ class Lifeline:
         doing = f", in {self._host_said}" if self._host_said else ""
         return f"last heard of {time.monotonic() - self._heard_at:.1f} s ago{doing}"
 
-    def _keep_beating(self, beat: Callable[[], Beat]) -> None:
+    def _keep_beating(self, beat: Callable[[], Beat], has_lost_connection: Callable[[], bool]) -> None:
+        beats_since_loss = 0
         with contextlib.suppress(OSError):
-            while not self._ended.wait(BEAT_S):
+            while not self._ended.wait(BEAT_S) and not self._all_done.is_set():
                 self._write({"beat": asdict(beat())})
+                beats_since_loss += beats_since_loss > 0 or has_lost_connection()
+                if beats_since_loss == BEATS_UNTOLD:
+                    self.report_broken("a connection of its own has ended, and nobody who waits for it was told")
 
     def trouble(self, timeout_s: float) -> Trouble | None:
         """What has happened, once on_trouble has dealt with it, waiting at most ``timeout_s``; None if nothing is known."""

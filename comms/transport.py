@@ -103,9 +103,16 @@ def break_off_waits() -> None:
         thread.break_off()
 
 
-def wait_for(works: Mapping[dist.Work, dist.ProcessGroup]) -> None:
-    """``wait()`` for collective operations, each of its group, in this order; break_off_waits() ends it (with gloo). Raises what one of
-    them failed with; RuntimeError for a lost peer."""
+def wait_for(work: dist.Work | None, group: dist.ProcessGroup | None = None) -> None:
+    """As wait_for_all(), for one; None: of the group of all."""
+    group = group or dist.group.WORLD
+    assert work is not None and group is not None, "this rank is a member of the group"
+    wait_for_all({work: group})
+
+
+def wait_for_all(works: Mapping[dist.Work, dist.ProcessGroup]) -> None:
+    """``wait()`` for operations, each of its group, in this order; break_off_waits() ends it (with gloo). Raises what one of them failed
+    with; RuntimeError for a lost peer."""
 
     def wait() -> None:
         for work in works:
@@ -114,7 +121,7 @@ def wait_for(works: Mapping[dist.Work, dist.ProcessGroup]) -> None:
     if all(work.is_completed() or dist.get_backend(group) != "gloo" for work, group in works.items()):
         wait()
         return
-    thread = _InOrder("collectives")
+    thread = _InOrder("operations")
     try:
         thread.submit(wait).result()
     except RuntimeError:

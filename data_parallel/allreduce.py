@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from comms.links import naming_the_peer
 from comms.spans import Spans
-from comms.transport import wait_for
+from comms.transport import wait_for_all
 
 BUCKET_BYTES = 25 * 2**20
 ALIGNMENT_BYTES = 64
@@ -107,7 +107,7 @@ class GradientBuckets:
             return
         assert self._next_launch == len(self._launch_order), "every parameter got its last gradient"
         with self._spans.span("allreduce"), naming_the_peer("summing gradients with another replica of this stage"):
-            wait_for({work: self._groups[number % len(self._groups)] for number, work in enumerate(self._pending)})
+            wait_for_all({work: self._groups[number % len(self._groups)] for number, work in enumerate(self._pending)})
         self._pending.clear()
 
     def close(self) -> None:

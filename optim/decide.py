@@ -83,9 +83,7 @@ def decide_step(
     votes[wishes_at:num_votes] = torch.tensor(astuple(wishes), dtype=torch.float64)
     on_wire = votes if dist.get_backend() == "gloo" else votes.to(device)
     with naming_the_peer("agreeing on the step with the other ranks"):
-        work = dist.all_reduce(on_wire, async_op=True)
-        assert work is not None and dist.group.WORLD is not None, "every rank is a member of the group of all"
-        wait_for({work: dist.group.WORLD})
+        wait_for(dist.all_reduce(on_wire, async_op=True))
     entries = on_wire.tolist()
     grad_norm = math.sqrt(sum(entries[: len(layers)]))
     clip_factor = 1.0

@@ -150,5 +150,11 @@ def all_end(processes: list[Process], within_s: float) -> None:
             process.kill()
 
 
+def stop(processes: list[Process], within_s: float = 60) -> None:
+    """As a SIGTERM at one of them does: all stop behind the same step, saved."""
+    os.kill(processes[-1].pid, signal.SIGTERM)
+    all_end(processes, within_s)
+
+
 def said(processes: list[Process]) -> str:
     return "\n".join(f"--- {process.status}\n{process.text}" for process in processes)

@@ -118,9 +118,16 @@ def run_ranks(work: Callable[[int, dist.Store], None], world_size: int, folder: 
         return 0
 
     processes = [fork(lambda rank=rank: rank_main(rank), folder / f"rank{rank}.txt") for rank in range(world_size)]  # type: ignore[misc]
+    give_up = time.monotonic() + timeout_s
     try:
-        for process in processes:
-            assert process.wait(timeout_s) == 0, process.text
+        while True:
+            statuses = [process.poll() for process in processes]
+            for process, status in zip(processes, statuses, strict=True):
+                assert not status, process.text  # the others may wait for it
+            if None not in statuses:
+                return
+            assert time.monotonic() < give_up, "not all ranks ended in time:\n" + "\n".join(process.text for process in processes)
+            time.sleep(0.01)
     finally:
         for process in processes:
             process.kill()

@@ -15,7 +15,7 @@ from test_namespaces import HOSTS, ip, start, two_hosts
 
 __all__ = ["two_hosts"]  # the fixture: interfaces "front" (10.81.1.N) and "back" (10.81.2.N)
 
-NUM_STEPS = 400
+NUM_STEPS = 120
 
 
 class TwoHosts:
@@ -62,6 +62,10 @@ class TwoHosts:
 
 @pytest.fixture
 def flags(model_folder: Path, tasks: list[Path]) -> dict[str, Any]:
+    return flags_of(model_folder, tasks)
+
+
+def flags_of(model_folder: Path, tasks: list[Path]) -> dict[str, Any]:
     sizes = {"seq_length": 32, "batch_size": 4, "micro_batch_size": 1, "total_steps": NUM_STEPS, "num_threads": 1}
     return {"model_name": model_folder, "task_name": tasks[0], "device": "cpu", "pipeline_group_size": 2, **sizes}
 
@@ -82,7 +86,9 @@ def mend() -> None:
     ip("-n", HOSTS[1], "link", "set", "back", "up")
 
 
-def test_a_cable_that_is_mended_in_time_leaves_every_loss_as_it_was(hosts: list[TwoHosts], flags: dict[str, Any], tmp_path: Path) -> None:
+def test_a_cable_that_is_mended_in_time_leaves_every_loss_as_it_was(
+    hosts: list[TwoHosts], flags: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
     job = TwoHosts(tmp_path, **flags, peer_timeout=20)
     hosts.append(job)
     job.wait_for_steps(3)
@@ -93,27 +99,31 @@ def test_a_cable_that_is_mended_in_time_leaves_every_loss_as_it_was(hosts: list[
     assert len(losses(job.run)) == before < NUM_STEPS, "the cut did stop the training"
     mend()
     assert job.end(60) == [0, 0], job.said
-    check_losses(job, flags)
+    assert losses(job.run) == losses(undisturbed)
 
 
-def check_losses(job: TwoHosts, flags: dict[str, Any]) -> None:
-    plain = {name: value for name, value in flags.items() if name != "pipeline_group_size"}
-    train(job.folder / "ranks", stages=2, **plain, checkpoint_path=job.folder / "undisturbed")
-    assert losses(job.run) == losses(job.folder / "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(model_folder: Path, tasks: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    flags = {name: value for name, value in flags_of(model_folder, tasks).items() if name != "pipeline_group_size"}
+    train(root / "ranks", stages=2, **flags, checkpoint_path=root / "run")
+    return root / "run"
 
 
 def nft(*words: str) -> None:
     subprocess.run(["ip", "netns", "exec", HOSTS[1], "nft", *words], check=True, capture_output=True)
 
 
-def test_connections_that_a_router_resets_cost_no_bit(hosts: list[TwoHosts], flags: dict[str, Any], tmp_path: Path) -> None:
+def test_connections_that_a_router_resets_cost_no_bit(
+    hosts: list[TwoHosts], flags: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
     """Every segment is answered by a reset for a while, on live connections and on new ones; twice in one run."""
     if shutil.which("nft") is None:
         pytest.skip("making a router that resets connections needs nftables")
     job = TwoHosts(tmp_path, **flags)
     hosts.append(job)
     nft("add table inet cut; add chain inet cut in { type filter hook input priority 0; }")
-    for before in (3, 60):
+    for before in (3, 40):
         job.wait_for_steps(before)
         nft("add rule inet cut in iifname back meta l4proto tcp reject with tcp reset")
         time.sleep(0.7)
@@ -121,7 +131,7 @@ def test_connections_that_a_router_resets_cost_no_bit(hosts: list[TwoHosts], fla
     assert job.end(60) == [0, 0], job.said
     for rank in (0, 1):
         assert job.text(rank).count("All ranks meet again") >= 2 and "Traceback" not in job.text(rank), job.said
-    check_losses(job, flags)
+    assert losses(job.run) == losses(undisturbed)
 
 
 def test_a_replica_that_is_cut_off_is_gone_without_and_comes_back_in_the_same_process(

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from door_helpers import LOOPBACK, OTHER_SECRET, SECRET, RawRank, at_once, hello_of, lifeline_to, listening_at, open_hub, strangers
+from fault_helpers import wait_until
 from harness import REPOSITORY, eight_sequences, fork, free_port, launch, log_rows, losses, run_ranks, train, train_argv
 
 from comms.connections import Connections
@@ -209,7 +210,7 @@ def test_gloos_listeners_answer_nobody_once_the_groups_are_made(tmp_path: Path) 
     """gloo keeps a descriptor for every stranger, and ends the process when there are no more."""
 
     def work(rank: int, store: dist.Store) -> None:
-        connections = Connections(turns_strangers_away=True)
+        connections = Connections(of_gloo=True)
         before = listening_at([os.getpid()])
         for _ in range(2):
             with connections.recorded():
@@ -224,6 +225,43 @@ def test_gloos_listeners_answer_nobody_once_the_groups_are_made(tmp_path: Path) 
             value = torch.ones(1)
             dist.all_reduce(value, group=group)
             assert value == 2
+        dist.destroy_process_group()
+
+    run_ranks(work, 2, tmp_path)
+
+
+def both(are: str, store: dist.Store) -> None:
+    """Return when both of two ranks have called it."""
+    store.add(are, 1)
+    wait_until(lambda: int(store.get(are)) == 2, 20, [])
+
+
+def test_the_end_of_a_connection_between_ranks_is_noticed_and_that_of_a_strangers_is_not(tmp_path: Path) -> None:
+    """Strangers that came while the groups were made: gloo ends the connections of some and holds on to those of others."""
+
+    def work(rank: int, store: dist.Store) -> None:
+        both("connected to the store", store)
+        connections = Connections(of_gloo=True)
+        before, strangers_said = listening_at([os.getpid()]), (b"", b"abc", b"12345678", b"x" * 100)
+        came = [(socket.socket(), said) for said in strangers_said]  # made before, so that their own ends are not recorded
+        with connections.recorded():
+            dist.init_process_group("gloo", store=dist.PrefixStore("g", store), rank=rank, world_size=2)
+            (address,) = listening_at([os.getpid()]) - before
+            for stranger, said in came:
+                stranger.connect((LOOPBACK, address[1]))
+                stranger.sendall(said)
+            dist.new_group([0, 1])
+        assert not connections.has_lost_one()
+        for stranger, _ in came:
+            stranger.close()
+        time.sleep(0.3)
+        dist.barrier()
+        assert not connections.has_lost_one()
+        dist.barrier()
+        both("checked", store)  # a barrier ends for one rank before it does for the other, who still needs the connections
+        if rank == 0:
+            connections.break_all()
+        wait_until(connections.has_lost_one, 20, [])
         dist.destroy_process_group()
 
     run_ranks(work, 2, tmp_path)

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from fault_helpers import Fault, all_end, keep_connections, plant, said
 from harness import equal_files, free_port, launch, log_rows, losses, run_ranks, train, train_argv
 
+from comms import transport
 from comms.connections import Connections
 from comms.groups import join_process_group, make_groups
 from comms.lifeline import Lifeline
 from comms.place import place_of
-from comms.transport import break_off_waits, make_transport, wait_for
+from comms.transport import break_off_waits, make_transport, wait_for, wait_for_all
 from pipeline_parallel.engine import PipelineEngine
 from training import loop, rounds
 from training.job import COLLECTIVE_TIMEOUT
@@ -84,6 +86,39 @@ def test_a_link_that_breaks_costs_no_bit(
     assert [process.status for process in ranks] == [0] * 4, said(ranks)
     assert "All ranks meet again" in ranks[0].text, "nobody noticed"
     assert "s after the job was interrupted" in ranks[0].text
+    check(tmp_path / "run", undisturbed)
+
+
+def test_a_break_that_gloo_tells_nobody_of_is_noticed(undisturbed: Path, model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
+    """As those in the middle of a message are not told: they wait on. (Who begins a message later is told, and may not tell here.)"""
+    flags, stamp = grid(flags_in(tmp_path, model_folder, tasks)), tmp_path / "fired"
+    breaks = plant(Fault.LINK, "backward", 1, stamp)
+
+    def before(rank: int) -> None:
+        breaks(rank)
+        submit = transport._InOrder.submit
+
+        def forgotten(self: Any, job: Callable[[], object]) -> Any:
+            def never_failing() -> None:
+                try:
+                    job()
+                except RuntimeError:
+                    threading.Event().wait()
+
+            return submit(self, never_failing)
+
+        def told_by_heartbeat(self: Lifeline, text: str) -> None:
+            if threading.current_thread().name == "heartbeat":
+                report_broken(self, text)
+
+        report_broken = Lifeline.report_broken
+        transport._InOrder.submit, Lifeline.report_broken = forgotten, told_by_heartbeat  # type: ignore[method-assign]
+
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", before)
+    all_end(ranks, 90)
+    assert stamp.exists()
+    assert [process.status for process in ranks] == [0] * 4, said(ranks)
+    assert "a connection of its own has ended, and nobody who waits for it was told. All ranks meet again" in ranks[0].text, said(ranks)
     check(tmp_path / "run", undisturbed)
 
 
@@ -211,9 +246,9 @@ def test_a_message_that_is_cut_off_in_the_middle_keeps_nobody_waiting(tmp_path: 
             pair = groups.to_next or groups.to_previous
             assert pair is not None
             ours, theirs = (pair.activations, pair.gradients) if rank == 0 else (pair.gradients, pair.activations)
-            transport = make_transport(send_group=ours, recv_group=theirs, peer=1 - rank, device=torch.device("cpu"))
+            between = make_transport(send_group=ours, recv_group=theirs, peer=1 - rank, device=torch.device("cpu"))
             part = message if meeting < 2 else message[:1000]
-            under_way = transport.send(part, 0) if rank == 0 else transport.receive(part, 0)
+            under_way = between.send(part, 0) if rank == 0 else between.receive(part, 0)
             if meeting < 2:
                 time.sleep(0.03)
                 if rank == meeting:  # the other one hears of it through the hub, a moment later
@@ -226,7 +261,7 @@ def test_a_message_that_is_cut_off_in_the_middle_keeps_nobody_waiting(tmp_path: 
                     under_way.result()
             else:
                 under_way.result()
-            transport.close()
+            between.close()
             dist.destroy_process_group()
 
     run_ranks(rank_main, 2, tmp_path, timeout_s=30)
@@ -243,13 +278,13 @@ def test_a_collective_operation_that_never_ends_keeps_nobody_and_no_process(tmp_
             if meeting == 2:
                 work = dist.all_reduce(ones, group=group, async_op=True)
                 assert work is not None
-                wait_for({work: group})
+                wait_for(work, group)
                 assert ones.tolist() == [2.0] * 1000
             elif rank == meeting:
                 works = [dist.all_reduce(ones.clone(), group=group, async_op=True) for _ in range(4)]
                 threading.Timer(0.2, break_off_waits).start()
                 with pytest.raises(RuntimeError, match="broken off"):
-                    wait_for({work: group for work in works if work is not None})
+                    wait_for_all({work: group for work in works if work is not None})
                 del works
             else:
                 time.sleep(0.5)

@@ -17,6 +17,7 @@ from checkpoint.manifest import TRAIN_STATE
 from checkpoint.tensor_file import FileRecord, explained_disk_errors
 from checkpoint.weight_file import TensorSpec, open_weight_file
 from comms.links import naming_the_peer
+from comms.transport import wait_for
 from modules.stage import Stage, layer_keys
 from optim.build import AdamW
 from training.folders import COLLECTED_PREFIX
@@ -87,7 +88,8 @@ def _send_file(job: Job, path: Path, reader: int) -> None:
     with explained_disk_errors(path), open(path, "rb") as file:
         while chunk := file.read(WIRE_CHUNK_BYTES):
             with naming_the_peer(f"giving {path.name} to rank {reader}"):
-                dist.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8).to(_wire_device(job)), dst=reader)
+                message = torch.frombuffer(bytearray(chunk), dtype=torch.uint8).to(_wire_device(job))
+                wait_for(dist.isend(message, dst=reader))
 
 
 def _receive_file(job: Job, record: FileRecord, path: Path, provider: int) -> None:
@@ -96,7 +98,7 @@ def _receive_file(job: Job, record: FileRecord, path: Path, provider: int) -> No
         while left > 0:
             chunk = torch.empty(min(left, WIRE_CHUNK_BYTES), dtype=torch.uint8, device=_wire_device(job))
             with naming_the_peer(f"getting {record.name} from rank {provider}"):
-                dist.recv(chunk, src=provider)
+                wait_for(dist.irecv(chunk, src=provider))
             data = chunk.cpu().numpy().data
             digest.update(data)
             file.write(data)

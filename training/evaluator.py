@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from comms.links import naming_the_peer
+from comms.transport import wait_for
 from modules.lm_ops import IGNORED_TARGET
 from pipeline_parallel.decode import Generated
 from tasks.packing import num_targets
@@ -136,12 +137,12 @@ class Evaluator:
     def _broadcast(self, values: Tensor) -> Tensor:
         on_wire = values.to(self._device)
         with naming_the_peer("sharing what is to be evaluated"):
-            dist.broadcast(on_wire, src=0)
+            wait_for(dist.broadcast(on_wire, src=0, async_op=True))
         return on_wire.cpu()
 
     def _add_up(self, values: Tensor) -> Tensor:
         """Collective: the sum over ranks, of values that all but one rank leave 0, so that no rounding comes in."""
         on_wire = values.to(self._device)
         with naming_the_peer("adding up an evaluation"):
-            dist.all_reduce(on_wire)
+            wait_for(dist.all_reduce(on_wire, async_op=True))
         return on_wire.cpu()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from comms.links import naming_the_peer
 from comms.place import Place
+from comms.transport import wait_for
 from tasks.packing import NUM_PLANES
 from tasks.prefetch import StepReader
 from user_error import UserError
@@ -116,8 +117,7 @@ class TokenFeed:
         def wait_until_sent() -> StepFeed:
             with naming_the_peer("sending tokens to the other ranks"):
                 for work, _ in sends:
-                    assert work is not None, "all ranks are members of the token group"
-                    work.wait()
+                    wait_for(work, self._group)
             return own
 
         return wait_until_sent
@@ -130,9 +130,8 @@ class TokenFeed:
             work = dist.irecv(message, src=0, group=self._group)
 
         def wait_until_here() -> StepFeed:
-            assert work is not None, "all ranks are members of the token group"
             with naming_the_peer("waiting for tokens from rank 0"):
-                work.wait()
+                wait_for(work, self._group)
             here = message.cpu()
             tokens = here[HEADER_INTS:].view(num_own, n, NUM_PLANES, t)
             return StepFeed(tokens=tokens, num_targets=int(here[0]), state=None, sha256=None, data_wait_s=0.0)

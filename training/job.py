@@ -15,6 +15,7 @@ from comms.lifeline import Lifeline
 from comms.links import naming_the_peer
 from comms.place import place_of
 from comms.spans import Spans
+from comms.transport import wait_for
 from training.local_facts import LocalFacts
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)  # a save or a long read of rank 0 fits in; losses are noticed by the lifelines, in moments
@@ -59,7 +60,7 @@ class Job(LocalFacts):
     def wait_for_all(self) -> None:
         """Collective over all ranks: returns when all have called it, so that nobody's end is taken for a loss."""
         with self.spans.span("waiting for the other ranks"), naming_the_peer("waiting for the other ranks"):
-            dist.barrier()
+            wait_for(dist.barrier(async_op=True))
 
 
 class MeetAgain(Exception):

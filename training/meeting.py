@@ -123,7 +123,7 @@ class Meetings:
         arrived = self._arrive()
         facts, host, lifeline = arrived.facts, arrived.host, arrived.lifeline
         assert self._secret is not None, "found on arrival"
-        connections = Connections(turns_strangers_away=facts.backend == "gloo")
+        connections = Connections(of_gloo=facts.backend == "gloo")
         tunnel = StoreTunnel(arrived.address, self._secret, arrived.hello.in_words)
 
         def on_trouble(trouble: Trouble) -> None:
@@ -148,6 +148,7 @@ class Meetings:
             on_trouble,
             lambda: self.spans.beat,
             host_returns=host_returns,
+            has_lost_connection=connections.has_lost_one,
             outlasts_silence=self._goes_on and self._config.allow_replica_loss,  # it may be this replica that is cut off
             host_lives=host_lives,
             host_in_words=host_in_words,
@@ -247,10 +248,9 @@ class Meetings:
                 host.hub.meet_again(str(error))
             trouble = lifeline.trouble(COLLECTIVE_TIMEOUT.total_seconds())
         elif not isinstance(error, UserError):
-            trouble = lifeline.trouble(CAUSE_WAIT_S if isinstance(error, (PeerLost, RuntimeError)) else 0.0)
-            if isinstance(error, (PeerLost, dist.DistError)) and trouble is None:  # nobody is known to be gone
+            if isinstance(error, (PeerLost, dist.DistError)) and lifeline.trouble(0.0) is None:  # nobody is known to be gone
                 lifeline.report_broken(_reason(error))
-                trouble = lifeline.trouble(CAUSE_WAIT_S)
+            trouble = lifeline.trouble(CAUSE_WAIT_S if isinstance(error, (PeerLost, RuntimeError)) else 0.0)
         if trouble is not None and trouble.meets_again and self._goes_on and not isinstance(error, KeyboardInterrupt):
             lifeline.leave()
             self._has_left.set()
