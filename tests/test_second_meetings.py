@@ -145,7 +145,7 @@ def check_losses(flags: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_replica_that_wakes_one_step_later_has_no_half_of_that_step(flags: dict[str, Any], tmp_path: Path) -> None:
     """It froze in the middle of step 6, which the other one has played again alone; it is back before the next step."""
-    flags = one_per_replica(flags, 2, 40) | {"peer_timeout": 3}
+    flags = one_per_replica(flags, 2) | {"peer_timeout": 3, "total_steps": 40}
     stamp = tmp_path / "fired"
 
     def slow(rank: int) -> None:
