@@ -25,7 +25,6 @@ from training.gradient import GlobalGradient
 from training.job import Job, MeetAgain
 from training.keeping import Keeping
 from training.limits import Limits
-from training.opening import describe_run
 from training.peak_memory import PeakMemory
 from training.plan import PipelinePlan
 from training.precision import precision_of
@@ -96,7 +95,7 @@ class Trainer:
         self._last_feed: StepFeed | None = None
         saved_step = start.step if start.point is not None and not start.is_rescue else None
         self._keeping = Keeping(config, self._stage, self._optimizer, saved_step)
-        self._is_described = self._is_best = False
+        self._is_best = False
         self._standing = Standing.loaded(self._optimizer_step, job.meeting)
         self._open_step: _OpenStep | None = None
         self._profiler: TidyProfiler | None = None
@@ -106,6 +105,8 @@ class Trainer:
         self._report = Report(
             place=job.place, folder=self._root, first_step=start.step, total_steps=config.total_steps, logging_steps=config.logging_steps
         )
+        if config.train_log_backend == "wandb":
+            self._report.start_wandb(config.project_name, self._root, dataclasses.asdict(config))
 
     def _connect(self, job: Job, folders: Folders, rescue: Folders | None) -> None:
         """Collective over all ranks: all that talks to other ranks, made for this meeting, from what does not."""
@@ -165,12 +166,6 @@ class Trainer:
 
     def run(self, stop_request: StopRequest) -> None:
         """Train to the end, save and report on the way."""
-        if not self._is_described:
-            self._is_described = True
-            if self._job.place.rank == 0:
-                log.info("%s", describe_run(self._config, self._job, self._step, self._plan))
-            if self._config.train_log_backend == "wandb":
-                self._report.start_wandb(self._config.project_name, self._root, dataclasses.asdict(self._config))
         self._feed.start()
         if self._probe is not None:
             self._verify_resume(self._probe)

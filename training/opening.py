@@ -16,8 +16,8 @@ from training.report import table
 DROPOUT_KEYS = ("_pdrop", "hidden_dropout", "attention_dropout")  # of GPT-J, of GPT-NeoX
 
 
-def describe_run(config: Config, job: Job, first_step: int, plan: PipelinePlan) -> str:
-    """A few short tables for rank 0's log."""
+def describe_run(config: Config, job: Job, first_step: int, plan: PipelinePlan, *, in_full: bool) -> str:
+    """A few short tables for rank 0's log; not in_full: the two lines above them."""
     place = job.place
     where = f"{job.device}, {job.num_threads} compute thread(s) per rank" if job.device.type == "cpu" else str(job.device)
     dropouts = {name: value for name, value in job.model.config.items() if name.endswith(DROPOUT_KEYS) and value}
@@ -25,6 +25,10 @@ def describe_run(config: Config, job: Job, first_step: int, plan: PipelinePlan) 
         f"{place.world_size} ranks: {place.pp_size} stage(s) ({config.pp_mode}) x {place.dp_size} replica(s) ({config.dp_mode}), "
         f"{job.backend} over {job.interface.name} ({job.interface.address}), rank 0 on {where}",
         f"starting at step {first_step} of {config.total_steps}",
+    ]
+    if not in_full:
+        return "\n".join(lines)
+    lines += [
         "configuration:",
         table([("flag", "value"), *_resolved_flags(config, job)]),
         "cut:",

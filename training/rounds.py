@@ -29,6 +29,7 @@ from training.job import Job, MeetAgain, all_say
 from training.limits import Limits
 from training.loop import Trainer
 from training.meeting import Meetings, Return
+from training.opening import describe_run
 from training.plan import agree_on_plan
 from training.report import set_up_logging
 from training.rescue import find_rescue_folders
@@ -120,7 +121,8 @@ class Rounds:
     def _build(self, job: Job) -> bool:
         """From the newest checkpoint, or the beginning. False if there is nothing to do."""
         self.close()
-        if self._folders is not None:
+        is_first = self._folders is None
+        if not is_first:
             gc.collect()  # the old trainer's weights and moments hang in cycles; the new one would need the memory beside them
         config = self._config
         if config.profiling == "tidy_profiling" and job.place.rank == 0:
@@ -139,6 +141,8 @@ class Rounds:
         job.spans.enter_phase("loading weights")
         self._folders, self._rescue, self._folders_of = start.folders, start.rescue, job.members
         self._trainer = Trainer(job, config, start, desk, plan, self._limits)
+        if job.place.rank == 0:
+            log.info("%s", describe_run(config, job, start.step, plan, in_full=is_first))
         return True
 
     def _on_step(self, optimizer_step: int) -> None:
