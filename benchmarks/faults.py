@@ -4,11 +4,11 @@
 
 Ranks are processes of their own, as users start them; a restart therefore counts the seconds in which Python imports torch.
 
-"detection": from SIGKILL (or SIGSTOP) of one rank to the end of every other one. "recovery": from SIGKILL to the next row of "
-"train_log.jsonl,
-and how many steps had to be done again; "supervised" goes on from checkpoints every --checkpoint-steps, "rescue" from snapshots in memory,
-"replica" without the lost replica. "goodput": the highest step that is reached in --seconds, with a SIGKILL of a random rank every --every
-seconds, as a share of an undisturbed run's, for --supervise with snapshots and for torchrun with checkpoints, in turn (--rounds)."""
+"detection": from SIGKILL (or SIGSTOP) of one of four ranks, two stages of two replicas, to the end of each other one. What follows has two
+ranks. "recovery": from SIGKILL to the next row of train_log.jsonl, and how many steps had to be done again; "supervised" goes on from
+checkpoints every --checkpoint-steps, "rescue" from snapshots in memory, "replica" without the lost replica. "goodput": the highest step
+that is reached in --seconds, with a SIGKILL of a random rank every --every seconds, as a share of an undisturbed run's, for --supervise
+with snapshots and for torchrun with checkpoints, in turn (--rounds)."""
 
 import argparse
 import json
@@ -33,9 +33,9 @@ START_S = 120.0
 
 
 class Job:
-    """A training of 2 ranks that does not end by itself. launcher: "hand" or "torchrun"."""
+    """A training that does not end by itself. launcher: "hand" or "torchrun"."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path, *, launcher: str = "hand", **flags: Any) -> None:
+    def __init__(self, options: argparse.Namespace, folder: Path, *, launcher: str = "hand", num_ranks: int = 2, **flags: Any) -> None:
         self.run, self.port = folder / "run", random.randrange(20_000, 30_000)
         common = {
             "model_name": options.model,
@@ -55,11 +55,11 @@ class Job:
         argv = [f"--{name.replace('_', '-')}={value}" for name, value in common.items()]
         script = str(REPOSITORY / "dist_clm_train.py")
         if launcher == "torchrun":
-            agent = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={self.port}", "--max-restarts=1000"]
+            agent = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", f"--master-port={self.port}", "--max-restarts=1000"]
             commands = [[sys.executable, *agent, "--monitor-interval=0.1", script, *argv]]
         else:
-            meeting = ["--world-size=2", f"--dist-url=tcp://127.0.0.1:{self.port}"]
-            commands = [[sys.executable, script, *argv, *meeting, f"--rank={rank}"] for rank in range(2)]
+            meeting = [f"--world-size={num_ranks}", f"--dist-url=tcp://127.0.0.1:{self.port}"]
+            commands = [[sys.executable, script, *argv, *meeting, f"--rank={rank}"] for rank in range(num_ranks)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with (folder / "output.txt").open("ab") as output:
             self.processes = [subprocess.Popen(c, stdout=output, stderr=output, env=environment, cwd=REPOSITORY) for c in commands]
@@ -106,14 +106,20 @@ def running(options: argparse.Namespace, **flags: Any) -> Iterator[Job]:
             job.end()
 
 
-def detection(options: argparse.Namespace, number: signal.Signals, victim: int, **flags: Any) -> float:
-    """Seconds from the signal to the end of the other rank."""
-    with running(options, **flags) as job:
+def detection(options: argparse.Namespace, number: signal.Signals, victim: int, **flags: Any) -> dict[str, Any]:
+    """Seconds from the signal to the end of each other rank, by rank."""
+    with running(options, num_ranks=4, data_group_size=2, **flags) as job:
         job.wait_for_rows(10)
         began = time.monotonic()
         os.kill(job.processes[victim].pid, number)
-        job.processes[1 - victim].wait(START_S)
-        return time.monotonic() - began
+        seconds: dict[int, float] = {}
+        while len(seconds) < 3:
+            passed = time.monotonic() - began
+            assert passed < START_S, f"ranks besides {[victim, *seconds]} are still there"
+            ended = [rank for rank, process in enumerate(job.processes) if rank != victim and process.poll() is not None]
+            seconds |= {rank: passed for rank in ended if rank not in seconds}
+            time.sleep(0.005)
+        return {"victim": victim, "seconds_of_rank": dict(sorted(seconds.items()))}
 
 
 def recovery(options: argparse.Namespace, victim: int, **flags: Any) -> dict[str, float]:
@@ -163,7 +169,7 @@ def main() -> int:
     saved, ours = {"checkpoint_steps": options.checkpoint_steps}, {"supervise": True, "rescue_interval": options.rescue_interval}
     found: dict[str, Any] = {"machine": machine()}
     found["detection_s"] = {
-        "kill": [detection(options, signal.SIGKILL, n % 2) for n in times],
+        "kill": [detection(options, signal.SIGKILL, n % 4) for n in times],
         "freeze, --peer-timeout 5": [detection(options, signal.SIGSTOP, 1, peer_timeout=5) for _ in times[:1]],
         "freeze": [detection(options, signal.SIGSTOP, 1) for _ in times[:1]],
     }
