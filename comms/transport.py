@@ -60,7 +60,8 @@ class _InOrder:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Future[None]] | None] = queue.SimpleQueue()
         self._open: dict[Future[None], None] = {}
         threading.Thread(target=self._run, name=name, daemon=True).start()
-        _threads.add(self)
+        with _threads_lock:
+            _threads.add(self)
 
     def submit(self, job: Callable[[], object]) -> Pending:
         future: Future[None] = Future()
@@ -93,13 +94,16 @@ class _InOrder:
             del item, job, future  # what was sent is freed now, not when the next job comes
 
 
+_threads_lock = threading.Lock()
 _threads: weakref.WeakSet[_InOrder] = weakref.WeakSet()  # of this process, which is in one job at a time, as torch.distributed is
 
 
 def break_off_waits() -> None:
     """End every wait for a message, where connections have been shut down: gloo tells those who wait for a message that has not begun to
     come, or to go, and forgets those in the middle of one. Their threads stay behind, with what was under way."""
-    for thread in list(_threads):
+    with _threads_lock:
+        threads = list(_threads)
+    for thread in threads:
         thread.break_off()
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,12 +18,15 @@ from harness import equal_files, free_port, launch, log_rows, losses, run_ranks,
 from comms import transport
 from comms.connections import Connections
 from comms.groups import join_process_group, make_groups
-from comms.lifeline import Lifeline
+from comms.lifeline import Lifeline, Trouble
 from comms.place import place_of
+from comms.spans import Spans
 from comms.transport import break_off_waits, make_transport, wait_for, wait_for_all
 from pipeline_parallel.engine import PipelineEngine
 from training import loop, rounds
+from training.ending import see_it_leave
 from training.job import COLLECTIVE_TIMEOUT
+from training.local_facts import LocalFacts
 from training.standing import Standing, common_ground
 
 STEPS = 8
@@ -263,6 +266,30 @@ def test_a_message_that_is_cut_off_in_the_middle_keeps_nobody_waiting(tmp_path: 
                 under_way.result()
             between.close()
             dist.destroy_process_group()
+
+    run_ranks(rank_main, 2, tmp_path, timeout_s=30)
+
+
+def test_a_wait_that_begins_after_the_trouble_is_ended_too(tmp_path: Path) -> None:
+    """The message was cut off before anybody waited for it."""
+
+    def rank_main(rank: int, store: dist.Store) -> None:
+        place, has_left, spans = place_of(rank, dp_size=1, pp_size=2), threading.Event(), Spans()
+        join_process_group(place, dist.PrefixStore("a", store), "gloo", COLLECTIVE_TIMEOUT)
+        if rank == 0:
+            work = dist.irecv(torch.zeros(10), src=1)
+            facts, trouble = cast(LocalFacts, None), Trouble(text="a link broke", meets_again=True)
+            break_off_waits()
+            watcher = threading.Thread(target=see_it_leave, args=(facts, spans, trouble, has_left))
+            watcher.start()
+            with pytest.raises(RuntimeError, match="broken off"):
+                wait_for(work)
+            has_left.set()
+            watcher.join(5)
+            assert not watcher.is_alive()
+            store.set("left", "1")
+        store.get("left")
+        dist.destroy_process_group()
 
     run_ranks(rank_main, 2, tmp_path, timeout_s=30)
 

@@ -7,6 +7,7 @@ import threading
 
 from comms.lifeline import Trouble
 from comms.spans import Spans
+from comms.transport import break_off_waits
 from training.exit_status import EXIT_FAILED, EXIT_PEER_LOST
 from training.local_facts import LocalFacts
 
@@ -18,9 +19,11 @@ LOOKS_S = 1.0
 
 
 def see_it_leave(facts: LocalFacts, spans: Spans, trouble: Trouble, has_left: threading.Event) -> None:
-    """After ``trouble``, until the main thread ``has_left`` the meeting: end the process where it waits on and on. All connections have
-    been shut down; gloo forgets to tell those who are in the middle of a message. A thread that works is let finish."""
+    """After ``trouble``, until the main thread ``has_left`` the meeting: end its waits, those that it begins only now too, and the process
+    where it waits on and on. All connections have been shut down; gloo forgets to tell those who are in the middle of a message. A thread
+    that works is let finish."""
     while not has_left.wait(LOOKS_S):
+        break_off_waits()
         beat = spans.beat
         if beat.waits and beat.for_s > LEAVES_S:
             text = f"{trouble.text.rstrip('.')}. All ranks meet again, and {facts.place.in_words} does not come out of a wait: {beat.doing}"
