@@ -27,6 +27,9 @@ try:
     from training.supervise import arrange_supervision
     from training.telling import TELL_FLAGS_S, tell_others
     from user_error import UserError
+except KeyboardInterrupt:
+    print("interrupted before anything had begun", file=sys.stderr)
+    raise SystemExit(130) from None  # EXIT_INTERRUPTED, which may not be known yet
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"error: {sys.executable} lacks the package {missing.name}. Run `make setup`, then `source .venv/bin/activate`, and try again"

@@ -4,12 +4,14 @@ A dead process is known at once without any of this (lifeline.py); a frozen one,
 thread that waits for ever. So each rank sends a Beat, the hub keeps the last one, and the rules here decide when that is too long ago.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 BEAT_S = 0.5
 FRESH_S = 3 * BEAT_S  # so old may the beat of a rank be that is said to live
+WAKING_S = 5.0  # from the end of a standstill until all has come that it caused
 SILENT_S = 15.0  # auto: without a sign of life
 FIRST_STEP_S = 1800.0  # auto: without progress while no step has ended yet, so nobody knows how long one takes
 STUCK_S = 300.0  # auto: without progress, at least: a slow disk or a slow download is no hang
@@ -56,6 +58,29 @@ class Pulse:
         if self.beat is None:
             return f"never heard of since it came {now - self.came_at:.1f} s ago"
         return f"last heard of {now - self.came_at:.1f} s ago, for {self.beat.for_s:.1f} s in {self.beat.doing}"
+
+
+class Standstill:
+    """Of the process that judges, which looks every BEAT_S, or would; on the hub's clock, in seconds. A laptop that was suspended wakes to
+    find that the others have given it up."""
+
+    def __init__(self, now: float) -> None:
+        self._looked_at, self._slept_s, self._woke_at = now, 0.0, -math.inf
+
+    def look(self, now: float) -> float:
+        """Seconds missed since the last look, 0 for less than a beat."""
+        missed, self._looked_at = now - self._looked_at - BEAT_S, now
+        if missed <= BEAT_S:
+            return 0.0
+        self._slept_s, self._woke_at = missed, now
+        return missed
+
+    def lately_s(self, now: float) -> float:
+        """How long the last one took, if it ends now or ended a moment ago; else 0."""
+        missing = now - self._looked_at - BEAT_S
+        if missing > BEAT_S:
+            return missing
+        return self._slept_s if now - self._woke_at < WAKING_S else 0.0
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from typing import Any
 
 from comms.gate import Gate, read_line
 from comms.handshake import HANDSHAKE_TIMEOUT_S, Session
-from comms.heartbeat import BEAT_S, Beat, Pulse, find_overdue
-from comms.members import Member, Rules, Verdict, still_runs
-from comms.roster import Hello, find_problem
+from comms.heartbeat import BEAT_S, Beat, Pulse, Standstill, find_overdue
+from comms.members import Member, Rules, Verdict
+from comms.roster import Hello, find_problem, not_alike
 from comms.secret import Secret
 
 log = logging.getLogger("trainer")
@@ -70,6 +70,7 @@ class Hub:
         self._num_others_told, self._deadline_passed, self._grace_passed = 0, False, False
         self._others_told, self._all_done, self._loss_told = threading.Event(), threading.Event(), threading.Event()
         self._replica_is_back, self._all_left = threading.Event(), threading.Event()
+        self._standstill = Standstill(time.monotonic())
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(listener,), name="hub", daemon=True)
@@ -183,6 +184,15 @@ class Hub:
         if hello.problem is not None and hello.rank == 0 and hello.world_size != self._world_size:
             member.send({"refused": "another job is meeting here"})  # a rank 0 of that size cannot be ours: it shall not end this job
             return None
+        host = verdict.members.get(0)
+        if not self._rules.is_first_meeting and hello.rank != 0 and hello.problem is None and verdict.refused is None:
+            if host is None:  # which speaks for the job
+                member.send({"again": ""})
+                return None
+            if (problem := not_alike(hello, host.hello)) is not None:  # another job's: the seat stays free
+                log.warning("%s is turned away: %s", hello.in_words, problem)
+                member.send({"refused": problem})
+                return None
         if verdict.refused is None:
             problem = find_problem(hello, {rank: other.hello for rank, other in verdict.members.items()}, self._world_size)
             if problem is None:
@@ -301,40 +311,27 @@ class Hub:
             if not member.hello.comes_back and self._rules.is_first_meeting:
                 self._refuse(f"{member.hello.in_words} went away while the ranks were meeting")
             return
-        last_words = member.pulse.last_words(time.monotonic())
-        is_dead = await self._is_dead(member, was_cut)
+        now = time.monotonic()
+        text = f"{self._describe(rank)} {member.gone(now, self._standstill.lately_s(now))}"
+        is_dead = await member.is_dead(was_cut, own_host_id=verdict.members[0].hello.host_id)
         if self._is_over:
             return
         if not is_dead and self._rules.may_meet_again:
             self._again(f"the connection to {self._name(member)} broke")
             return
-        self._lose(
-            member,
-            f"{self._describe(rank)} is gone: process {member.hello.pid} on host {member.hello.host} ended without a word, {last_words}. "
-            "If nobody killed it, that machine's kernel may have, for memory (dmesg)",
-            restart_helps=True,
-        )
-
-    async def _is_dead(self, member: Member, was_cut: bool) -> bool:
-        """A process on this host can be looked for. From another one a dying process's kernel says goodbye, and a router that has forgotten
-        a connection resets it."""
-        if member.hello.host_id != self._verdict.members[0].hello.host_id:
-            return not was_cut
-        return not await asyncio.to_thread(still_runs, member.hello.pid)
+        self._lose(member, text, restart_helps=True)
 
     async def _feel_pulses(self) -> None:
-        last = time.monotonic()
+        self._standstill.look(time.monotonic())
         while True:
             await asyncio.sleep(BEAT_S)
             now = time.monotonic()
-            verdict, slept = self._verdict, now - last - BEAT_S
-            last = now
+            verdict, slept = self._verdict, self._standstill.look(now)
             everybody = [*verdict.members.values(), *verdict.waiting.values()]
             host = verdict.members.get(0)
             for member in everybody:
-                if slept > BEAT_S:  # it was this process that stood still: nobody else is to blame for that time
-                    member.pulse.came_at += slept
-                    member.pulse.moved_at += slept
+                member.pulse.came_at += slept  # it was this process that stood still: nobody else is to blame for that time
+                member.pulse.moved_at += slept
                 member.send({"tick": host.pulse.beat.doing if host is not None and host.pulse.beat is not None else ""})
             if verdict.formed is None or self._is_over:
                 continue

@@ -178,15 +178,16 @@ class Lifeline:
         beat: Callable[[], Beat],
         *,
         host_returns: bool,
-        host_lives: Callable[[], bool],
+        host_lives: Callable[[bool], bool],
         has_lost_connection: Callable[[], bool] = lambda: False,
         outlasts_silence: bool = False,
         host_in_words: str = "rank 0",
     ) -> None:
         """Listen and send beats from now on; ``on_trouble`` is called, on the listening thread and at most once. host_returns: whether to
-        wait for rank 0 to open another meeting where it falls silent or dies; host_lives: asked where the connection ends as that of a
-        dead process does; has_lost_connection: asked twice a second, whether one of the process groups has ended; outlasts_silence: whether
-        to come to another meeting after silence alone; host_in_words: how messages name rank 0."""
+        wait for rank 0 to open another meeting where it falls silent or dies; host_lives: asked where the
+        connection ends as that of a dead process does, or (True) was cut; has_lost_connection: asked twice a second, whether one of the
+        process groups has ended; outlasts_silence: whether to come to another meeting after silence alone; host_in_words: how messages name
+        rank 0."""
         self._heard_at = time.monotonic()
         self._host = f"{host_in_words} at {self._place}"
         threading.Thread(
@@ -195,7 +196,7 @@ class Lifeline:
         threading.Thread(target=self._keep_beating, args=(beat, has_lost_connection), name="heartbeat", daemon=True).start()
 
     def _watch(
-        self, on_trouble: Callable[[Trouble], None], host_returns: bool, host_lives: Callable[[], bool], outlasts_silence: bool
+        self, on_trouble: Callable[[Trouble], None], host_returns: bool, host_lives: Callable[[bool], bool], outlasts_silence: bool
     ) -> None:
         assert self._connection is not None, "join() comes first"
         self._connection.settimeout(self._silent_s)
@@ -204,11 +205,7 @@ class Lifeline:
             try:
                 said = self._read(within_s=BEAT_S)
                 if said is None:
-                    text = f"{self._host} is gone, {self._host_last}"
-                    if not host_returns and host_lives():
-                        text = f"the connection to {self._host} ended, {self._host_last}"
-                        host_returns = True
-                    trouble = Trouble(text=text, meets_again=host_returns)
+                    trouble = self._without_host("ended", host_returns, host_returns or host_lives(False))
                 elif "tick" in said:
                     self._host_said, self._heard_at = str(said["tick"]), time.monotonic()
                 elif "end" in said:
@@ -230,13 +227,19 @@ class Lifeline:
                         meets_again=host_returns or outlasts_silence,
                     )
             except (OSError, ValueError) as error:
-                trouble = Trouble(text=f"the connection to {self._host} broke ({error}), {self._host_last}", meets_again=True)
+                trouble = self._without_host(f"broke ({error})", host_returns, host_lives(True))
             looked_at = time.monotonic()
         if self._ended.is_set():
             return
         self._trouble = trouble
         on_trouble(trouble)
         self._troubled.set()  # after it: where on_trouble ends the process, no other thread speaks in between
+
+    def _without_host(self, what: str, host_returns: bool, lives: bool) -> Trouble:
+        """``what`` has happened to the connection to it."""
+        if host_returns or lives:
+            return Trouble(text=f"the connection to {self._host} {what}, {self._host_last}", meets_again=True)
+        return Trouble(text=f"{self._host} is gone, {self._host_last}")
 
     @property
     def _host_last(self) -> str:

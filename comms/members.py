@@ -12,6 +12,7 @@ from comms.handshake import Session
 from comms.heartbeat import Pulse
 from comms.roster import Hello
 
+NOTICED_S = 3.0  # a standstill that others may have taken for a loss
 DEATH_S = 0.5  # from the end of a connection until its process, if it died, is gone from this host's table
 
 
@@ -47,6 +48,23 @@ class Member:
         """Small enough for the socket's buffer: asyncio hands it to the kernel at once."""
         if not self.writer.is_closing():
             self.writer.write(self.session.seal(message))
+
+    async def is_dead(self, was_cut: bool, own_host_id: str) -> bool:
+        """Whether its process is, whose connection ended or was cut. One on this host can be looked for. From another one a dying process's
+        kernel says goodbye, and a router that has forgotten a connection resets it."""
+        if self.hello.host_id != own_host_id:
+            return not was_cut
+        return not await asyncio.to_thread(still_runs, self.hello.pid)
+
+    def gone(self, now: float, slept_s: float) -> str:
+        """Such as ``is gone: process 12 on host a ended without a word, last heard of 0.3 s ago, ...``. slept_s: for which this process
+        itself had stood still."""
+        if slept_s > NOTICED_S:
+            cause = f"Rank 0 itself had stood still for {slept_s:.0f} s (stopped, suspended or overloaded): the others had to give it up"
+        else:
+            cause = "If nobody killed it, that machine's kernel may have, for memory (dmesg)"
+        ended = f"process {self.hello.pid} on host {self.hello.host} ended without a word"
+        return f"is gone: {ended}, {self.pulse.last_words(now)}. {cause}"
 
 
 @dataclass

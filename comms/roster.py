@@ -96,10 +96,11 @@ def find_problem(hello: Hello, members: Mapping[int, Hello], world_size: int) ->
             f"{hello.pid} on {hello.host}"
         )
     others = (other for other in members.values() if other.rank != hello.rank)
-    return next((problem for other in others if (problem := _not_alike(hello, other)) is not None), None)
+    return next((problem for other in others if (problem := not_alike(hello, other)) is not None), None)
 
 
-def _not_alike(hello: Hello, other: Hello) -> str | None:
+def not_alike(hello: Hello, other: Hello) -> str | None:
+    """Why the two are not of one job; None if they may be."""
     differing = sorted(k for k in {*hello.plan, *other.plan} if hello.plan.get(k) != other.plan.get(k))
     if differing:
         seen = "; ".join(f"{k}: {other.plan.get(k)!r} and {hello.plan.get(k)!r}" for k in differing)

@@ -306,6 +306,14 @@ def test_a_script_without_its_packages_says_how_to_get_them() -> None:
         assert "lacks the package" in done.stderr and "make setup" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("script", ["dist_clm_train.py", "dist_clm_eval.py"])
+def test_ctrl_c_while_packages_are_imported_shows_no_traceback(script: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted before anything had begun\n")
+
+
 def test_a_dist_url_that_is_not_this_machines_is_refused_by_rank_0(flags: dict[str, Any], tmp_path: Path) -> None:
     url = {"dist_url": f"tcp://203.0.113.7:{free_port()}", "rendezvous_timeout": 1, "net_interface": "lo"}
     (text,) = ended(launch(lambda _: train_argv(**{**flags, **url, "rank": 0, "world_size": 1}), 1, tmp_path / "ranks"))

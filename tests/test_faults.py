@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 
 from checkpoint.layer_store import StepWriter
+from comms.heartbeat import BEAT_S
 from pipeline_parallel.engine import PipelineEngine
 from training import job, telling
 
@@ -82,6 +83,32 @@ def test_a_killed_rank_is_named_by_all_others_with_what_it_was_doing(
         assert re.search(rf"last heard of \d\.\d s ago.* in {re.escape(PHASES[phase].says)}", process.text), process.text
         assert "resumes from its newest checkpoint" in process.text
     assert not [c for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN]
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_death_that_resets_connections_is_a_death(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
+    """As the kernel does where a process dies with something unread."""
+    processes, stamp, _ = start(flags, tmp_path, Fault.FREEZE, "backward", victim)
+    wait_until(stamp.exists, 60, processes)
+    time.sleep(4 * BEAT_S)  # what is sent to it meanwhile stays unread
+    processes[victim].kill()
+    all_end(processes, DEADLINE_S)
+    for rank, process in enumerate(processes):
+        if rank != victim:
+            assert process.status == 75, said(processes)
+            assert named(victim) in process.text and " is gone" in process.text, process.text
+            assert "All ranks meet again" not in process.text, process.text
+
+
+def test_a_rank_0_that_stood_still_does_not_blame_those_who_gave_it_up(flags: dict[str, Any], tmp_path: Path) -> None:
+    processes, stamp, _ = start({**flags, "peer_timeout": 4}, tmp_path, Fault.FREEZE, "backward", 0)
+    wait_until(stamp.exists, 60, processes)
+    wait_until(lambda: all(process.poll() == 75 for process in processes[1:]), 20, processes)
+    os.kill(processes[0].pid, signal.SIGCONT)
+    all_end(processes, DEADLINE_S)
+    assert processes[0].status == 75
+    assert re.search(r"Rank 0 itself had stood still for \d+ s", processes[0].text), processes[0].text
+    assert "dmesg" not in processes[0].text
 
 
 @pytest.mark.parametrize(("phase", "victim"), [("forward", 1), ("optimizer", 2), ("loading", 3), ("backward", 0)])

@@ -221,7 +221,7 @@ def test_a_rank_at_work_whose_hub_says_anything_gets_one_trouble_or_its_end(mess
     lifeline = Lifeline((LOOPBACK, hub.port), SECRET, deadline_s=5.0, peer_timeout_s=1.0)
     assert lifeline.join(hello_of(1)) == good
     troubles: list[Trouble] = []
-    lifeline.watch(troubles.append, lambda: Beat(**BEAT), host_returns=False, host_lives=lambda: False)
+    lifeline.watch(troubles.append, lambda: Beat(**BEAT), host_returns=False, host_lives=lambda was_cut: False)
     [found] = at_once(lifeline.finish, timeout_s=10)
     assert found is None or isinstance(found, PeerLost), found
     assert len(troubles) <= 1 and all(isinstance(trouble.text, str) and isinstance(trouble.trace, str) for trouble in troubles)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from comms.heartbeat import FIRST_STEP_S, SILENT_S, STEPS_WITHOUT_PROGRESS, STUCK_S, Beat, Pulse, find_overdue
+from comms.heartbeat import BEAT_S, FIRST_STEP_S, SILENT_S, STEPS_WITHOUT_PROGRESS, STUCK_S, WAKING_S, Beat, Pulse, Standstill, find_overdue
 from comms.spans import Spans
 
 NOW = 10_000.0
@@ -66,3 +66,16 @@ def test_what_the_work_of_a_step_is(name: str, is_in_step: bool, waits: bool) ->
     spans.enter_step(3)
     with spans.span(name):
         assert (spans.beat.is_in_step, spans.beat.waits) == (is_in_step, waits)
+
+
+def test_who_judges_knows_that_it_stood_still_itself() -> None:
+    own, slept = Standstill(NOW), pytest.approx(20 - BEAT_S)
+    assert own.look(NOW + BEAT_S) == 0.0 and own.look(NOW + 2.5 * BEAT_S) == 0.0, "a look may come late"
+    now = woke_at = NOW + 2.5 * BEAT_S + 20
+    assert own.lately_s(now) == slept, "nobody has looked yet"
+    assert own.look(now) == slept
+    while now < woke_at + WAKING_S:
+        assert own.lately_s(now) == slept
+        now += BEAT_S
+        assert own.look(now) == 0.0
+    assert own.lately_s(now) == 0.0

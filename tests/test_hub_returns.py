@@ -61,6 +61,20 @@ def test_a_rank_taken_twice_while_it_waits_to_be_taken_back_is_named() -> None:
             one.close()
 
 
+def test_a_rank_of_another_job_is_turned_away_alone_and_the_seat_stays_free() -> None:
+    with open_hub(WORLD, rules=rules()) as (_, port):
+        early = join(port, 1)
+        assert "again" in early.hear(), "rank 0 speaks for the job, and is not here yet"
+        ours = {rank: join(port, rank) for rank in (0, 2, 3)}
+        other = join(port, 1, plan={"--seed": 7})
+        assert "rank 1 (host here" in (said := other.hear()["refused"]) and "--seed" in said
+        ours[1] = join(port, 1)
+        for one in ours.values():
+            assert roster_of(one.hear()) == [0, 1, 2, 3]
+        for one in (*ours.values(), early, other):
+            one.close()
+
+
 def test_who_falls_silent_while_it_waits_does_not_count_as_back() -> None:
     with open_hub(WORLD, rules=rules(dead=frozenset({2, 3}), peer_timeout_s=4 * BEAT_S)) as (hub, port):
         members = [join(port, rank) for rank in (0, 1)]

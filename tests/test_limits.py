@@ -17,10 +17,12 @@ from harness import log_rows, losses, steps_in, train
 from safetensors.numpy import load_file
 
 from checkpoint.manifest import step_positions
+from comms.place import place_of
 from training import limits, saving
 from training.bad_batch import save_bad_batch
 from training.limits import GIB, Limits, explain_out_of_memory, free_memory
 from training.parsing import parse_config
+from training.report import LOOK_BACK_BYTES, Report
 from user_error import UserError
 
 
@@ -191,3 +193,19 @@ def test_what_ran_out_of_memory_is_explained() -> None:
 def test_limits_that_mean_nothing_are_refused(flag: str, value: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         parse_config(["--model-name", "m", "--task-name", "t", "--checkpoint-path", "c", "--total-steps", "1", f"{flag}={value}"])
+
+
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"step": 3, "lo', b"x" * (LOOK_BACK_BYTES + 1), b"x" * (2 * LOOK_BACK_BYTES - 1)], ids=["-", "short", "long", "longer"]
+)
+@pytest.mark.parametrize("whole", [b"", b'{"step": 1}\n{"step": 2}\n'], ids=["nothing", "two rows"])
+def test_a_row_that_was_left_unfinished_is_cut_off_so_that_every_line_can_be_read(whole: bytes, torn: bytes, tmp_path: Path) -> None:
+    log = tmp_path / "train_log.jsonl"
+    log.write_bytes(whole + torn)
+    place = place_of(0, dp_size=1, pp_size=1)
+    report = Report(place=place, folder=tmp_path, first_step=2, total_steps=5, logging_steps=1)
+    assert log.read_bytes() == whole, "no byte is written, so a full disk is no matter"
+    row = {"step": 3, "optimizer_step": 3, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "skipped": False, "wire_bytes": 0}
+    report.row(row)
+    report.close()
+    assert log.read_bytes().startswith(whole) and log_rows(tmp_path)[-1]["step"] == 3

@@ -229,7 +229,7 @@ def test_a_request_to_stop_ends_the_pause_before_a_restart(start: Callable[..., 
     supervision = start("os._exit(75)", first_pause_s=60, longest_pause_s=60)
     wait_until(lambda: "restart 1" in supervision.text, lambda: supervision.text)
     supervision.process.terminate()
-    assert supervision.wait() == 75
+    assert supervision.wait() == 130
 
 
 def test_a_worker_that_hears_no_request_is_killed_at_the_third(start: Callable[..., Supervision]) -> None:
@@ -306,7 +306,8 @@ def test_under_torchrun_nobody_else_restarts(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_supervisor_and_worker_mean_the_same_statuses() -> None:
-    assert (exit_status.EXIT_DEFECT, exit_status.EXIT_PEER_LOST) == (supervise.EXIT_DEFECT, supervise.EXIT_PEER_LOST)
+    for name in ("EXIT_DEFECT", "EXIT_PEER_LOST", "EXIT_INTERRUPTED"):
+        assert getattr(exit_status, name) == getattr(supervise, name)
 
 
 def test_a_supervisor_is_small(start: Callable[..., Supervision]) -> None:

@@ -136,10 +136,10 @@ class Meetings:
             self._has_left.clear()
             threading.Thread(target=see_it_leave, args=(facts, self.spans, trouble, self._has_left), name="leaving", daemon=True).start()
 
-        def host_lives() -> bool:
-            """Known on its own host alone; another one's kernel closes connections of dead processes only."""
+        def host_lives(was_cut: bool) -> bool:
+            """Known on its own host alone; another one's kernel ends connections of dead processes only, and routers cut them."""
             entry = arrived.formed["roster"][0]
-            return entry["host_id"] == arrived.hello.host_id and still_runs(entry["pid"])
+            return still_runs(entry["pid"]) if entry["host_id"] == arrived.hello.host_id else was_cut
 
         number, self._number, self._meeting = self._number, self._number + 1, arrived.formed["meeting"]
         host_returns = self._expect_again(arrived.formed)

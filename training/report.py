@@ -6,6 +6,7 @@ writes it and talks to Weights & Biases."""
 
 import json
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -22,6 +23,8 @@ from comms.place import Place
 from user_error import UserError
 
 log = logging.getLogger("trainer")
+
+LOOK_BACK_BYTES = 2**16
 
 
 class _LinesAboveTheBar(logging.Handler):
@@ -156,13 +159,17 @@ class Report:
 
 
 def _open_log(path: Path) -> FileIO:
-    """Append to the log. A line that a killed run left unfinished gets its end, so that every later row stands on a line of its own."""
-    file = FileIO(path, "a")
-    if path.stat().st_size > 0:
-        with path.open("rb") as end:
-            end.seek(-1, 2)
-            if end.read(1) != b"\n":
-                file.write(b"\n")
+    """Append to the log, behind its last whole line: what a killed run, or a full disk, left of another one is cut off."""
+    file = FileIO(path, "a+")
+    begin = end = file.seek(0, os.SEEK_END)
+    while begin > 0:
+        begin = max(0, end - LOOK_BACK_BYTES)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        if found >= 0 or begin == 0:
+            file.truncate(begin + found + 1)
+            break
+        end = begin
     return file
 
 

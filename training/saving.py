@@ -136,7 +136,7 @@ class Saver:
             trainer=None if trainer is None else self._completed(step, position, trainer),
             companions=self._companions,
             keep=self._options.keep,
-            log_level=logging.DEBUG if self._options.is_snapshot else logging.INFO,
+            kind="snapshot" if self._options.is_snapshot else "checkpoint",
             best=best,
             stood_still_s=time.perf_counter() - started if is_async else None,
         )
@@ -228,7 +228,7 @@ class _StepSave:
     trainer: dict[str, Any] | None
     companions: Mapping[str, bytes]
     keep: int
-    log_level: int
+    kind: str  # checkpoint or snapshot
     best: Best | None
     stood_still_s: float | None  # of the training, before the writing; None: as long as it takes
 
@@ -258,7 +258,7 @@ class _StepSave:
             self.store.set(f"abandoned/{place.rank}", "1")  # the last save's failure ends the job, and nobody's before he has tidied up
             self.store.wait([f"abandoned/{rank}" for rank in self.folders.keepers], COLLECTIVE_TIMEOUT)
             if place.rank == 0:
-                log.error("error: the checkpoint of step %d was not written, those before it stay. %s", step, error)
+                log.error("error: the %s of step %d was not written, those before it stay. %s", self.kind, step, error)
             raise
         self._name_best()
         removed = self._remove_old()
@@ -268,7 +268,8 @@ class _StepSave:
             still = "meanwhile" if self.stood_still_s is None else f"for {self.stood_still_s:.2g} s"
             old = f"; removed {', '.join(removed)}" if removed else ""
             written = f"{tqdm.format_sizeof(size, 'B')} in {seconds:.1f} s"
-            log.log(self.log_level, "saved %s (%s; training stood still %s%s)", self.writer.final, written, still, old)
+            say = log.debug if self.kind == "snapshot" else log.info
+            say("saved %s (%s; training stood still %s%s)", self.writer.final, written, still, old)
 
     def _name_best(self) -> None:
         """Behind the commit, so that best.json never names a step that does not exist."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the supervisor itself cannot import it
 log = logging.getLogger("trainer")
 
 VARIABLE = "TRAINER_SUPERVISED"  # in the worker's environment: a JSON object, see Supervised
-EXIT_DEFECT, EXIT_PEER_LOST = 70, 75  # of exit_status.py, which this file alone cannot import
+EXIT_DEFECT, EXIT_PEER_LOST, EXIT_INTERRUPTED = 70, 75, 130  # of exit_status.py, which this file alone cannot import
 RESTARTABLE = (EXIT_DEFECT, EXIT_PEER_LOST)  # and death by a signal
 LEAST_SILENCE_S = 30.0
 TICK_S = 0.25
@@ -285,7 +285,7 @@ class Supervisor:
             log.warning("%s; restart %d%s in %.3g s", what, num_restarts, of, pause_s)
             if not self._pause(pause_s):
                 log.info("asked to stop: no restart")
-                return exit_status
+                return EXIT_INTERRUPTED
 
     def _refusal(self, num_restarts: int, num_crashes: int) -> str | None:
         """Why there is no further restart, and what to do; None if there is one."""
