@@ -47,16 +47,20 @@ def list_interfaces() -> dict[str, Interface]:
     return found
 
 
+class Unreachable(UserError):
+    """No such interface, or no way to --dist-url. Where there was one before it may only be away for now: Wi-Fi, a tunnel, a resolver."""
+
+
 def choose_interface(name: str | None, host: str) -> Interface:
     """The interface called ``name``; without a name the one through which ``host`` (of --dist-url) is reached.
 
-    Raises UserError, listing the interfaces there are, when the name is not one of them or nothing routes to the host.
+    Raises Unreachable, listing the interfaces there are, when the name is not one of them or nothing routes to the host.
     """
     interfaces = list_interfaces()
     listing = ", ".join(f"{i.name} ({i.address})" for i in interfaces.values()) or "none"
     if name is not None:
         if name not in interfaces:
-            raise UserError(
+            raise Unreachable(
                 f"--net-interface must name an interface of this host that is up and has an address; {name!r} is not one of: {listing}"
             )
         return interfaces[name]
@@ -64,7 +68,7 @@ def choose_interface(name: str | None, host: str) -> Interface:
     for interface in interfaces.values():
         if source in interface.addresses or (interface.is_loopback and ip_address(source.split("%")[0]).is_loopback):
             return interface
-    raise UserError(
+    raise Unreachable(
         f"no interface of this host reaches {host} of --dist-url (it would be left from {source}); name one with --net-interface: {listing}"
     )
 
@@ -77,7 +81,7 @@ def _source_address(host: str) -> str:
             probe.connect(target)
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise UserError(f"the host of --dist-url must be a name or address this machine can reach; {host!r} is not ({error})") from error
+        raise Unreachable(f"the host of --dist-url must be a name or address this machine can reach; {host!r} is not ({error})") from error
 
 
 def check_not_public(interface: Interface, *, allowed: bool) -> None:

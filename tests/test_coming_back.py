@@ -222,6 +222,21 @@ def test_ten_faults_at_random_cost_no_bit(flags: dict[str, Any], tmp_path: Path)
     assert equal_files(run / "180", plain / "180") == []
 
 
+@pytest.mark.parametrize(
+    ("rank", "flag"), [(0, {"net_interface": "wg9"}), (1, {"net_interface": "wg9"}), (0, {"dist_url": "tcp://192.0.2.9:29500"})]
+)
+def test_an_interface_that_is_away_at_a_restart_is_waited_for(
+    rank: int, flag: dict[str, Any], flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 75, with which a supervisor goes on; at the first start it is a mistake."""
+    monkeypatch.setenv("DIST_SECRET", "a secret of this test alone")
+    (process,) = launch(lambda _: train_argv(**{**flags, **flag}, rank=rank), 1, tmp_path / "ranks", supervised(1))
+    all_end([process], 60)
+    assert process.status == 75, process.text
+    assert "wg9" in process.text or "192.0.2.9" in process.text
+    assert "telling the other ranks" not in process.text
+
+
 def test_ranks_that_wait_for_a_lost_one_can_be_stopped(flags: dict[str, Any], tmp_path: Path) -> None:
     stamp = tmp_path / "fired"
     fault = plant(Fault.KILL, "backward", 3, stamp)

@@ -25,6 +25,7 @@ from comms.connections import Connections
 from comms.groups import join_process_group, make_groups
 from comms.heartbeat import silent_after_s
 from comms.hub import Hub, Rules
+from comms.interfaces import Unreachable
 from comms.lifeline import Lifeline, Trouble
 from comms.links import PeerLost
 from comms.members import still_runs
@@ -181,7 +182,10 @@ class Meetings:
                 self._secret = secret_of(config)
             host = self._open_door_in_time(facts, timeout) if facts.place.rank == 0 else None
         except UserError as error:
-            tell_others(config, error, TELL_OTHERS_S)
+            if isinstance(error, Unreachable) and self._returns.attempt > 0:  # it was there before, and may come back
+                error.restart_helps = True
+            if not error.restart_helps:  # else they wait
+                tell_others(config, error, TELL_OTHERS_S)
             raise
         door = host.door if host is not None else find_door(config.door, timeout)
         address = (door.host, door.port)
@@ -227,7 +231,7 @@ class Meetings:
                 return self._open_door(facts, timeout)
             except UserError as error:
                 if time.monotonic() >= give_up or self._is_asked_to_stop():
-                    error.restart_helps = self._number > 0
+                    error.restart_helps = self._number + self._returns.attempt > 0
                     raise
             time.sleep(DOOR_AGAIN_S)
 
