@@ -184,10 +184,9 @@ class Lifeline:
         host_in_words: str = "rank 0",
     ) -> None:
         """Listen and send beats from now on; ``on_trouble`` is called, on the listening thread and at most once. host_returns: whether to
-        wait for rank 0 to open another meeting where it falls silent or dies; host_lives: asked where the
-        connection ends as that of a dead process does, or (True) was cut; has_lost_connection: asked twice a second, whether one of the
-        process groups has ended; outlasts_silence: whether to come to another meeting after silence alone; host_in_words: how messages name
-        rank 0."""
+        wait for rank 0 to open another meeting where it falls silent or dies; host_lives: asked where the connection ends as that of a
+        dead process does, or (True) was cut; has_lost_connection: asked twice a second, whether one of the process groups has ended;
+        outlasts_silence: whether to come to another meeting after silence alone; host_in_words: how messages name rank 0."""
         self._heard_at = time.monotonic()
         self._host = f"{host_in_words} at {self._place}"
         threading.Thread(
@@ -205,7 +204,7 @@ class Lifeline:
             try:
                 said = self._read(within_s=BEAT_S)
                 if said is None:
-                    trouble = self._without_host("ended", host_returns, host_returns or host_lives(False))
+                    trouble = self._without_host("ended", host_returns, not host_returns and host_lives(False))
                 elif "tick" in said:
                     self._host_said, self._heard_at = str(said["tick"]), time.monotonic()
                 elif "end" in said:
@@ -237,9 +236,8 @@ class Lifeline:
 
     def _without_host(self, what: str, host_returns: bool, lives: bool) -> Trouble:
         """``what`` has happened to the connection to it."""
-        if host_returns or lives:
-            return Trouble(text=f"the connection to {self._host} {what}, {self._host_last}", meets_again=True)
-        return Trouble(text=f"{self._host} is gone, {self._host_last}")
+        text = f"the connection to {self._host} {what}" if lives else f"{self._host} is gone"
+        return Trouble(text=f"{text}, {self._host_last}", meets_again=host_returns or lives)
 
     @property
     def _host_last(self) -> str:
