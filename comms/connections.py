@@ -16,6 +16,7 @@ import os
 import socket
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -34,7 +35,8 @@ class Connections:
 
     def __init__(self, *, of_gloo: bool = False) -> None:
         self._of_gloo = of_gloo
-        self._before: dict[int, int] | None = None
+        self._looking = threading.Lock()
+        self._before: dict[int, list[int]] | None = None
         self._recorded: frozenset[int] = frozenset()
         self._of_groups: frozenset[int] = frozenset()  # of all that were made meanwhile, those that may be gloo's
         self._greeted: frozenset[int] = frozenset()  # those of them on which gloo has spoken
@@ -45,46 +47,50 @@ class Connections:
         """Around the making of process groups."""
         self._before = own_sockets()
         # of the door, the store and its tunnel, where others connect meanwhile
-        ports = {_of_tcp(descriptor, _listening_port, 0) for descriptor in self._before.values()} - {0}
+        ports = {_of_tcp(inode, at, _listening_port, 0) for inode, at in self._before.items()} - {0}
         try:
             yield
         finally:
-            made = {inode: descriptor for inode, descriptor in own_sockets().items() if inode not in self._before}
+            made = {inode: at for inode, at in own_sockets().items() if inode not in self._before}
             self._recorded |= frozenset(made)
             self._before = None
             if self._of_gloo:
-                self._of_groups |= {inode for inode, descriptor in made.items() if ports.isdisjoint(_of_tcp(descriptor, _ports, ports))}
+                self._of_groups |= {inode for inode, at in made.items() if ports.isdisjoint(_of_tcp(inode, at, _ports, ports))}
                 self.has_lost_one()
-                for descriptor in made.values():
-                    _of_tcp(descriptor, _outlast, None)
-                    _of_tcp(descriptor, _turn_strangers_away, None)
+                for inode, at in made.items():
+                    _of_tcp(inode, at, _outlast, None)
+                    _of_tcp(inode, at, _turn_strangers_away, None)
             if self._is_broken:
                 self.break_all()
 
     def has_lost_one(self) -> bool:
-        """Whether a connection of gloo's has ended: one on which it has spoken is there no more. To be asked now and then."""
-        here = own_sockets()
-        unknown = self._of_groups - self._greeted
-        self._greeted |= {inode for inode in unknown if inode in here and _of_tcp(here[inode], _bytes_exchanged, 0) >= _GREETING_BYTES}
-        return not self._greeted <= here.keys()
+        """Whether a connection of gloo's has ended: one on which it has spoken is there no more. Asked now and then, on any thread."""
+        with self._looking:  # one that another thread finds meanwhile would be missing among those that are here
+            try:
+                here = own_sockets()
+            except OSError:  # no descriptor is left to look with
+                return False
+            unknown = self._of_groups - self._greeted
+            self._greeted |= {i for i in unknown if i in here and _of_tcp(i, here[i], _bytes_exchanged, 0) >= _GREETING_BYTES}
+            return not self._greeted <= here.keys()
 
     def break_all(self) -> None:
         """Shut every connection down; those of a group that is just being made, too. Any thread may call it, more than once."""
         self._is_broken = True
         before, recorded = self._before, self._recorded
-        for inode, descriptor in own_sockets().items():
+        for inode, at in own_sockets().items():
             if inode in recorded or (before is not None and inode not in before):
-                _of_tcp(descriptor, _shut_down, None)
+                _of_tcp(inode, at, _shut_down, None)
 
 
-def own_sockets() -> dict[int, int]:
-    """inode -> descriptor of this process's sockets. The inode is a socket's own for as long as it lives; descriptors are used again."""
-    found = {}
+def own_sockets() -> dict[int, list[int]]:
+    """inode -> descriptors of this process's sockets. The inode is a socket's own for as long as it lives; descriptors are used again."""
+    found: dict[int, list[int]] = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             status = os.stat(int(name))
             if stat.S_ISSOCK(status.st_mode):
-                found[status.st_ino] = int(name)
+                found.setdefault(status.st_ino, []).append(int(name))
     return found
 
 
@@ -96,11 +102,14 @@ def keep_alive(connection: socket.socket, *, probes: int = 5) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _of_tcp(descriptor: int, act: Callable[[socket.socket, bool], _T], otherwise: _T) -> _T:
-    """What ``act`` returns for the socket and whether it is a listener; ``otherwise`` where it is not TCP's, or has been closed."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
-        if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
-            return act(copy, bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)))
+def _of_tcp(inode: int, at: list[int], act: Callable[[socket.socket, bool], _T], otherwise: _T) -> _T:
+    """What ``act`` returns for the socket ``inode`` and whether it is a listener; ``otherwise`` where it is not TCP's, or has been closed.
+    at: its descriptors a moment ago, of which some may stand for another one now."""
+    for descriptor in at:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+            is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
+            if is_tcp and os.fstat(copy.fileno()).st_ino == inode:
+                return act(copy, bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)))
     return otherwise
 
 

@@ -249,7 +249,7 @@ class Lifeline:
         with contextlib.suppress(OSError):
             while not self._ended.wait(BEAT_S) and not self._all_done.is_set():
                 self._write({"beat": asdict(beat())})
-                beats_since_loss += beats_since_loss > 0 or has_lost_connection()
+                beats_since_loss = beats_since_loss + 1 if has_lost_connection() else 0
                 if beats_since_loss == BEATS_UNTOLD:
                     self.report_broken("a connection of its own has ended, and nobody who waits for it was told")
 

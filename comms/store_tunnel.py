@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import socket
 import threading
@@ -140,7 +141,7 @@ def _is_of_this_process(peer: tuple[str, int]) -> bool:
     """Asks this process's own sockets: reading the system's table of all takes so long that somebody who calls without end would keep this
     process's own clients waiting."""
     host, port = peer[:2]
-    for descriptor in own_sockets().values():
+    for descriptor in itertools.chain.from_iterable(own_sockets().values()):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
             if copy.family in (socket.AF_INET, socket.AF_INET6):
                 own = copy.getsockname()

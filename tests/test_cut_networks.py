@@ -15,7 +15,7 @@ from test_namespaces import HOSTS, ip, start, two_hosts
 
 __all__ = ["two_hosts"]  # the fixture: interfaces "front" (10.81.1.N) and "back" (10.81.2.N)
 
-NUM_STEPS = 120
+NUM_STEPS = 200
 
 
 class TwoHosts:

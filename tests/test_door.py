@@ -1,6 +1,7 @@
 """Who may come in at rank 0's door: those who know the job's secret, and nobody else; and strangers cost the job nothing."""
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -23,6 +24,7 @@ from door_helpers import LOOPBACK, OTHER_SECRET, SECRET, RawRank, at_once, hello
 from fault_helpers import wait_until
 from harness import REPOSITORY, eight_sequences, fork, free_port, launch, log_rows, losses, run_ranks, train, train_argv
 
+import comms.connections
 from comms.connections import Connections
 from comms.handshake import REFUSAL, Challenge, NotSealed, Reply, Session
 from comms.interfaces import Interface, check_not_public
@@ -225,6 +227,43 @@ def test_gloos_listeners_answer_nobody_once_the_groups_are_made(tmp_path: Path) 
             value = torch.ones(1)
             dist.all_reduce(value, group=group)
             assert value == 2
+        dist.destroy_process_group()
+
+    run_ranks(work, 2, tmp_path)
+
+
+def test_a_look_for_lost_connections_stands_no_matter_what_is_made_meanwhile(tmp_path: Path) -> None:
+    """The heartbeat looks while the main thread makes connections; and where no descriptor is left to look with."""
+
+    def work(rank: int, store: dist.Store) -> None:
+        both("connected to the store", store)
+        connections, look = Connections(of_gloo=True), comms.connections.own_sockets
+        is_looking, found = threading.Event(), []
+
+        def slowly() -> dict[int, list[int]]:
+            here = look()
+            if threading.current_thread() is beating:
+                is_looking.set()
+                time.sleep(0.5)
+            return here
+
+        beating = threading.Thread(target=lambda: found.append(connections.has_lost_one()))
+        with connections.recorded():
+            comms.connections.own_sockets = slowly
+            beating.start()
+            is_looking.wait()
+            dist.init_process_group("gloo", store=dist.PrefixStore("g", store), rank=rank, world_size=2)
+            dist.barrier()
+        beating.join()
+        assert found == [False] and not connections.has_lost_one()
+
+        def none_left() -> dict[int, list[int]]:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        comms.connections.own_sockets = none_left
+        assert not connections.has_lost_one()
+        comms.connections.own_sockets = look
+        both("checked", store)
         dist.destroy_process_group()
 
     run_ranks(work, 2, tmp_path)

@@ -82,7 +82,7 @@ def test_store_hub_and_gloo_use_the_chosen_interface_only(
         "seq_length": 32,
         "batch_size": 4,
         "micro_batch_size": 1,
-        "total_steps": 60,
+        "total_steps": 200,
         "pipeline_group_size": 2,
         "world_size": 2,
         "dist_url": "tcp://10.81.2.1:9123",

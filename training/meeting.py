@@ -47,7 +47,7 @@ from user_error import UserError
 
 log = logging.getLogger("trainer")
 
-CAUSE_WAIT_S = 5.0
+CAUSE_WAIT_S = 5.0  # for what has happened to others, where this rank failed
 TELL_LOSS_S = 2.0
 REFUSED_S = 3.0  # rank 0 opens the next door in a moment
 MIN_LINK_BACK_S = 30.0  # for ranks to come to a second meeting
@@ -252,9 +252,12 @@ class Meetings:
                 host.hub.meet_again(str(error))
             trouble = lifeline.trouble(COLLECTIVE_TIMEOUT.total_seconds())
         elif not isinstance(error, UserError):
-            if isinstance(error, (PeerLost, dist.DistError)) and lifeline.trouble(0.0) is None:  # nobody is known to be gone
-                lifeline.report_broken(_reason(error))
-            trouble = lifeline.trouble(CAUSE_WAIT_S if isinstance(error, (PeerLost, RuntimeError)) else 0.0)
+            wait_s = CAUSE_WAIT_S if isinstance(error, RuntimeError) else 0.0
+            if isinstance(error, (PeerLost, dist.DistError)):
+                wait_s += silent_after_s(self._config.peer_timeout_s)  # rank 0 answers, or is given up
+                if lifeline.trouble(0.0) is None:  # nobody is known to be gone
+                    lifeline.report_broken(_reason(error))
+            trouble = lifeline.trouble(wait_s)
         if trouble is not None and trouble.meets_again and self._goes_on and not isinstance(error, KeyboardInterrupt):
             lifeline.leave()
             self._has_left.set()
