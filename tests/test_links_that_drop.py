@@ -92,6 +92,17 @@ def test_a_link_that_breaks_costs_no_bit(
     check(tmp_path / "run", undisturbed)
 
 
+def test_who_notices_a_break_waits_for_what_rank_0_makes_of_it_however_short_the_peer_timeout(
+    undisturbed: Path, model_folder: Path, tasks: list[Path], tmp_path: Path
+) -> None:
+    flags, stamp = grid({**flags_in(tmp_path, model_folder, tasks), "peer_timeout": 1}), tmp_path / "fired"
+    ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", plant(Fault.LINK, "backward", 1, stamp))
+    all_end(ranks, 90)
+    assert stamp.exists()
+    assert [process.status for process in ranks] == [0] * 4, said(ranks)
+    check(tmp_path / "run", undisturbed)
+
+
 def test_a_break_that_gloo_tells_nobody_of_is_noticed(undisturbed: Path, model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     """As those in the middle of a message are not told: they wait on. (Who begins a message later is told, and may not tell here.)"""
     flags, stamp = grid(flags_in(tmp_path, model_folder, tasks)), tmp_path / "fired"

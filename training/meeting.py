@@ -252,7 +252,7 @@ class Meetings:
                 host.hub.meet_again(str(error))
             trouble = lifeline.trouble(COLLECTIVE_TIMEOUT.total_seconds())
         elif not isinstance(error, UserError):
-            wait_s = CAUSE_WAIT_S if isinstance(error, RuntimeError) else 0.0
+            wait_s = CAUSE_WAIT_S if isinstance(error, (PeerLost, RuntimeError)) else 0.0
             if isinstance(error, (PeerLost, dist.DistError)):
                 wait_s += silent_after_s(self._config.peer_timeout_s)  # rank 0 answers, or is given up
                 if lifeline.trouble(0.0) is None:  # nobody is known to be gone
