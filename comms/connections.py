@@ -47,7 +47,7 @@ class Connections:
         """Around the making of process groups."""
         self._before = own_sockets()
         # of the door, the store and its tunnel, where others connect meanwhile
-        ports = {_of_tcp(inode, at, _listening_port, 0) for inode, at in self._before.items()} - {0}
+        ports = {of_tcp(inode, at, _listening_port, 0) for inode, at in self._before.items()} - {0}
         try:
             yield
         finally:
@@ -55,11 +55,11 @@ class Connections:
             self._recorded |= frozenset(made)
             self._before = None
             if self._of_gloo:
-                self._of_groups |= {inode for inode, at in made.items() if ports.isdisjoint(_of_tcp(inode, at, _ports, ports))}
+                self._of_groups |= {inode for inode, at in made.items() if ports.isdisjoint(of_tcp(inode, at, _ports, ports))}
                 self.has_lost_one()
                 for inode, at in made.items():
-                    _of_tcp(inode, at, _outlast, None)
-                    _of_tcp(inode, at, _turn_strangers_away, None)
+                    of_tcp(inode, at, _outlast, None)
+                    of_tcp(inode, at, _turn_strangers_away, None)
             if self._is_broken:
                 self.break_all()
 
@@ -71,7 +71,7 @@ class Connections:
             except OSError:  # no descriptor is left to look with
                 return False
             unknown = self._of_groups - self._greeted
-            self._greeted |= {i for i in unknown if i in here and _of_tcp(i, here[i], _bytes_exchanged, 0) >= _GREETING_BYTES}
+            self._greeted |= {i for i in unknown if i in here and of_tcp(i, here[i], _bytes_exchanged, 0) >= _GREETING_BYTES}
             return not self._greeted <= here.keys()
 
     def break_all(self) -> None:
@@ -80,7 +80,7 @@ class Connections:
         before, recorded = self._before, self._recorded
         for inode, at in own_sockets().items():
             if inode in recorded or (before is not None and inode not in before):
-                _of_tcp(inode, at, _shut_down, None)
+                of_tcp(inode, at, _shut_down, None)
 
 
 def own_sockets() -> dict[int, list[int]]:
@@ -102,7 +102,7 @@ def keep_alive(connection: socket.socket, *, probes: int = 5) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _of_tcp(inode: int, at: list[int], act: Callable[[socket.socket, bool], _T], otherwise: _T) -> _T:
+def of_tcp(inode: int, at: list[int], act: Callable[[socket.socket, bool], _T], otherwise: _T) -> _T:
     """What ``act`` returns for the socket ``inode`` and whether it is a listener; ``otherwise`` where it is not TCP's, or has been closed.
     at: its descriptors a moment ago, of which some may stand for another one now."""
     for descriptor in at:

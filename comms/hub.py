@@ -34,7 +34,7 @@ from typing import Any
 from comms.gate import Gate, read_line
 from comms.handshake import HANDSHAKE_TIMEOUT_S, Session
 from comms.heartbeat import BEAT_S, Beat, Pulse, Standstill, find_overdue
-from comms.members import Member, Rules, Verdict
+from comms.members import Member, Rules, Verdict, outlives
 from comms.roster import Hello, find_problem, not_alike
 from comms.secret import Secret
 
@@ -313,10 +313,11 @@ class Hub:
             return
         now = time.monotonic()
         text = f"{self._describe(rank)} {member.gone(now, self._standstill.lately_s(now))}"
-        is_dead = await member.is_dead(was_cut, own_host_id=verdict.members[0].hello.host_id)
+        hello, own_host_id = member.hello, verdict.members[0].hello.host_id
+        lives = await asyncio.to_thread(outlives, hello.pid, hello.host_id, own_host_id=own_host_id, was_cut=was_cut)
         if self._is_over:
             return
-        if not is_dead and self._rules.may_meet_again:
+        if lives and self._rules.may_meet_again:
             self._again(f"the connection to {self._name(member)} broke")
             return
         self._lose(member, text, restart_helps=True)

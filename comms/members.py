@@ -49,13 +49,6 @@ class Member:
         if not self.writer.is_closing():
             self.writer.write(self.session.seal(message))
 
-    async def is_dead(self, was_cut: bool, own_host_id: str) -> bool:
-        """Whether its process is, whose connection ended or was cut. One on this host can be looked for. From another one a dying process's
-        kernel says goodbye, and a router that has forgotten a connection resets it."""
-        if self.hello.host_id != own_host_id:
-            return not was_cut
-        return not await asyncio.to_thread(still_runs, self.hello.pid)
-
     def gone(self, now: float, slept_s: float) -> str:
         """Such as ``is gone: process 12 on host a ended without a word, last heard of 0.3 s ago, ...``. slept_s: for which this process
         itself had stood still."""
@@ -78,6 +71,12 @@ class Verdict:
     again: str | None = None
     members: dict[int, Member] = field(default_factory=dict)
     waiting: dict[int, Member] = field(default_factory=dict)
+
+
+def outlives(pid: int, host_id: str, *, own_host_id: str, was_cut: bool) -> bool:
+    """Whether the process ``pid`` of host ``host_id`` lives on, whose connection to here ended or was cut. One on this host can be looked
+    for. From another one a dying process's kernel says goodbye, and a router that has forgotten a connection resets it."""
+    return still_runs(pid) if host_id == own_host_id else was_cut
 
 
 def still_runs(pid: int, within_s: float = DEATH_S) -> bool:

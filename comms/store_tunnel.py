@@ -12,15 +12,13 @@ import asyncio
 import contextlib
 import ctypes
 import functools
-import itertools
-import os
 import socket
 import threading
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from comms.connections import own_sockets
+from comms.connections import of_tcp, own_sockets
 from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, Reply
 from comms.secret import Secret
 
@@ -141,13 +139,12 @@ def _is_of_this_process(peer: tuple[str, int]) -> bool:
     """Asks this process's own sockets: reading the system's table of all takes so long that somebody who calls without end would keep this
     process's own clients waiting."""
     host, port = peer[:2]
-    for descriptor in itertools.chain.from_iterable(own_sockets().values()):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
-            if copy.family in (socket.AF_INET, socket.AF_INET6):
-                own = copy.getsockname()
-                if own[1] == port and own[0].removeprefix("::ffff:") == host:  # torch's sockets may be of IPv6
-                    return True
-    return False
+
+    def is_peer(connection: socket.socket, is_listener: bool) -> bool:
+        own = connection.getsockname()
+        return bool(own[1] == port and own[0].removeprefix("::ffff:") == host)  # torch's sockets may be of IPv6
+
+    return any(of_tcp(inode, at, is_peer, False) for inode, at in own_sockets().items())
 
 
 async def _both_ways(

@@ -28,7 +28,7 @@ from comms.hub import Hub, Rules
 from comms.interfaces import Unreachable
 from comms.lifeline import Lifeline, Trouble
 from comms.links import PeerLost
-from comms.members import still_runs
+from comms.members import outlives
 from comms.place import place_of, whole_replicas
 from comms.rendezvous import Door, agent_store, check_door_is_here, listen
 from comms.roster import Hello
@@ -138,9 +138,8 @@ class Meetings:
             threading.Thread(target=see_it_leave, args=(facts, self.spans, trouble, self._has_left), name="leaving", daemon=True).start()
 
         def host_lives(was_cut: bool) -> bool:
-            """Known on its own host alone; another one's kernel ends connections of dead processes only, and routers cut them."""
             entry = arrived.formed["roster"][0]
-            return still_runs(entry["pid"]) if entry["host_id"] == arrived.hello.host_id else was_cut
+            return outlives(entry["pid"], entry["host_id"], own_host_id=arrived.hello.host_id, was_cut=was_cut)
 
         number, self._number, self._meeting = self._number, self._number + 1, arrived.formed["meeting"]
         host_returns = self._expect_again(arrived.formed)
