@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from comms.links import naming_the_peer
 from comms.place import Place
+from comms.transport import wait_for
 
 NUM_EXCHANGES = 16
 NS = 1_000_000_000
@@ -52,16 +53,16 @@ def offset_to_rank_0(place: Place, device: torch.device, clock: Callable[[], flo
 
 def _answer(rank: int, message: torch.Tensor, clock: Callable[[], float]) -> None:
     for _ in range(NUM_EXCHANGES):
-        dist.recv(message, src=rank)
+        wait_for(dist.irecv(message, src=rank))
         message.item()  # NCCL: only now it is here
         message.fill_(round(clock() * NS))
-        dist.send(message, dst=rank)
+        wait_for(dist.isend(message, dst=rank))
 
 
 def _ask(message: torch.Tensor, clock: Callable[[], float]) -> ClockOffset:
     asked = clock()
-    dist.send(message, dst=0)
-    dist.recv(message, src=0)
+    wait_for(dist.isend(message, dst=0))
+    wait_for(dist.irecv(message, src=0))
     there = int(message.item()) / NS
     answered = clock()
     return ClockOffset(answered, there - (asked + answered) / 2, (answered - asked) / 2)

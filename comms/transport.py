@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from comms.streams import copy_streams
+
+# The heartbeat decides who is lost, never a time limit of a wait: a message of a slow rank, or on a slow link, takes as long as it takes.
+NO_LIMIT = timedelta(days=30)
 
 
 class Pending(Protocol):
@@ -107,6 +111,21 @@ def break_off_waits() -> None:
         thread.break_off()
 
 
+def wait_without_limit(work: dist.Work | None, group: dist.ProcessGroup | None = None) -> None:
+    """``work.wait()`` of an operation of ``group`` (None: of all), for as long as it takes.
+
+    gloo has two time limits. Its collectives follow the one of the group (_set_pg_timeout). Its messages between two ranks keep the one
+    with which the group was made, which is short (torch 2.13), and one that is over closes the connection. In NCCL a limit would make
+    the host wait, where only the stream should.
+    """
+    group = group or dist.group.WORLD
+    assert work is not None and group is not None, "this rank is a member of the group"
+    if dist.get_backend(group) == "gloo":
+        work.wait(NO_LIMIT)
+    else:
+        work.wait()
+
+
 def wait_for(work: dist.Work | None, group: dist.ProcessGroup | None = None) -> None:
     """As wait_for_all(), for one; None: of the group of all."""
     group = group or dist.group.WORLD
@@ -119,8 +138,8 @@ def wait_for_all(works: Mapping[dist.Work, dist.ProcessGroup]) -> None:
     with; RuntimeError for a lost peer."""
 
     def wait() -> None:
-        for work in works:
-            work.wait()
+        for work, group in works.items():
+            wait_without_limit(work, group)
 
     if all(work.is_completed() or dist.get_backend(group) != "gloo" for work, group in works.items()):
         wait()
@@ -153,15 +172,14 @@ class GlooTransport:
 
     def receive(self, buffer: Tensor, i: int) -> Pending:
         work = dist.irecv(buffer, src=self._peer, group=self._recv_group, tag=i)
-        assert work is not None, "both neighbours are members of the group"
-        return self._watcher.submit(work.wait)
+        return self._watcher.submit(lambda: wait_without_limit(work, self._recv_group))
 
     def send(self, message: Tensor, i: int) -> Pending:
         on_host, copied = self._streams.to_host(message)
 
         def send_when_copied() -> None:
             copied()
-            dist.send(on_host, dst=self._peer, group=self._send_group, tag=i)
+            wait_without_limit(dist.isend(on_host, dst=self._peer, group=self._send_group, tag=i), self._send_group)
 
         return self._sender.submit(send_when_copied)
 

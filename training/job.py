@@ -15,10 +15,10 @@ from comms.lifeline import Lifeline
 from comms.links import naming_the_peer
 from comms.place import place_of
 from comms.spans import Spans
-from comms.transport import wait_for
+from comms.transport import NO_LIMIT, wait_for
 from training.local_facts import LocalFacts
 
-COLLECTIVE_TIMEOUT = timedelta(hours=6)  # a save or a long read of rank 0 fits in; losses are noticed by the lifelines, in moments
+COLLECTIVE_TIMEOUT = NO_LIMIT  # losses, and ranks that do not get on, are noticed by the lifelines
 
 
 @dataclass(frozen=True, kw_only=True)
