@@ -20,8 +20,10 @@ STEPS_WITHOUT_PROGRESS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a rank says of itself. doing: in words; for_s: seconds since it began that; moves: counts what it has begun; is_in_step, waits:
-    whether it is inside a training step, and there for another rank; longest_step_s: so far, 0 before the first has ended."""
+    """What a rank says of itself. doing: in words; for_s: seconds since it began that, or last got on with it; moves: counts what it has
+    begun; is_in_step, waits: whether it is inside a training step, and there for another rank; longest_step_s: so far, 0 before the first
+    has ended. part: the phase, the step or the part of them that is counted; done, total: items or bytes of it, total 0 where that is
+    not known; unit: of both, in the plural."""
 
     doing: str
     for_s: float
@@ -29,14 +31,31 @@ class Beat:
     is_in_step: bool
     waits: bool
     longest_step_s: float
+    part: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
 
     @classmethod
     def from_json(cls, fields: Any) -> "Beat":
         """Raises ValueError for anything that is not a Beat."""
-        kinds = {"doing": str, "for_s": float, "moves": int, "is_in_step": bool, "waits": bool, "longest_step_s": float}
-        if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != kinds:
+        if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != _KINDS:
             raise ValueError("not a beat")
         return cls(**fields)
+
+
+_KINDS = {
+    "doing": str,
+    "for_s": float,
+    "moves": int,
+    "is_in_step": bool,
+    "waits": bool,
+    "longest_step_s": float,
+    "part": str,
+    "done": int,
+    "total": int,
+    "unit": str,
+}
 
 
 @dataclass(kw_only=True)

@@ -46,6 +46,22 @@ class Span(NamedTuple):
     step: int | None = None
 
 
+class Part:
+    """What can be counted of a phase, a step or a part of them, such as bytes of weights. Written by add(), read by any thread."""
+
+    __slots__ = ("_moved", "done", "name", "total", "unit")
+
+    def __init__(self, moved: Callable[[], None], name: str, total: int = 0, unit: str = "") -> None:
+        """moved: called at every add(). total: 0 where it is not known. unit: "bytes", or items in the plural."""
+        self._moved, self.name, self.total, self.unit, self.done = moved, name, total, unit, 0
+
+    def add(self, n: int = 1) -> None:
+        """So many more items or bytes are done; 0: none yet, but this rank gets on. From any thread; two that add at the same moment may
+        lose one of both, which a display of progress can bear."""
+        self.done += n
+        self._moved()
+
+
 class Spans:
     """The current work of this rank and, if asked for, the record of all of it. Spans are opened by one thread; any may read in_words.
 
@@ -62,6 +78,7 @@ class Spans:
         self._longest_step_s = 0.0
         self._current: tuple[str, int | None] = ("starting", None)
         self._since, self._moves = clock(), 0
+        self._part = Part(self._moved, "starting")
 
     def start_recording(self, synchronize: Callable[[], None] | None = None) -> None:
         """Record every span that is opened from now on.
@@ -82,6 +99,7 @@ class Spans:
     def enter_phase(self, name: str) -> None:
         """Name what is done outside of steps, until the next call."""
         self._step, self._step_began, self._current = None, None, (name, None)
+        self._part = Part(self._moved, name)
         self._moved()
 
     def enter_step(self, step: int) -> None:
@@ -90,11 +108,31 @@ class Spans:
         if self._step_began is not None:
             self._longest_step_s = max(self._longest_step_s, now - self._step_began)
         self._step, self._step_began, self._current = step, now, ("the work between steps", None)
+        self._part = Part(self._moved, f"step {step}")
         self._moved()
 
     def span(self, name: str, micro_batch: int | None = None) -> "_OpenSpan":
         """Name the work done inside the block: ``with spans.span("forward", i):``. Spans may nest."""
         return _OpenSpan(self, (name, micro_batch))
+
+    def part(self, name: str, total: int = 0, unit: str = "") -> "_OpenPart":
+        """span(), and what is done of it can be counted: ``with spans.part("loading weights", num_bytes, "bytes") as part: part.add(n)``.
+        total: 0 where it is not known."""
+        return _OpenPart(self, Part(self._moved, name, total, unit))
+
+    def start_part(self, total: int, unit: str) -> Part:
+        """Count what is done of the current phase, step or part of it, from 0."""
+        self._part = Part(self._moved, self._part.name, total, unit)
+        return self._part
+
+    def advance(self, n: int = 1) -> None:
+        """Part.add() of what is counted now."""
+        self._part.add(n)
+
+    def moved_during(self, name: str) -> None:
+        """Another thread has got on with what this rank waits for in the span ``name``; nothing happens in any other."""
+        if self._current[0] == name:
+            self._moved()
 
     def mark(self, name: str) -> None:
         """Record an instant."""
@@ -106,6 +144,7 @@ class Spans:
     def beat(self) -> Beat:
         """What this rank says of itself to the hub. Called on any thread."""
         name, _ = self._current
+        part = self._part
         return Beat(
             doing=self.in_words,
             for_s=max(0.0, self.clock() - self._since),
@@ -113,6 +152,10 @@ class Spans:
             is_in_step=self._step is not None and (name in CATEGORIES or name == EVALUATING),
             waits=CATEGORIES.get(name) in WAITING or name == EVALUATING,
             longest_step_s=self._longest_step_s,
+            part=part.name,
+            done=part.done,
+            total=part.total,
+            unit=part.unit,
         )
 
     def _moved(self) -> None:
@@ -151,3 +194,23 @@ class _OpenSpan:
             spans.recorded.append(Span(*self._work, self._start, spans.clock(), spans._step))
         spans._current = self._before
         spans._moved()
+
+
+class _OpenPart(_OpenSpan):
+    """The block of a span whose progress is counted. A part inside of it stands for it while that lasts."""
+
+    __slots__ = ("_part", "_part_before")
+
+    def __init__(self, spans: Spans, part: Part) -> None:
+        super().__init__(spans, (part.name, None))
+        self._part = part
+
+    def __enter__(self) -> Part:
+        super().__enter__()
+        self._part_before, self._spans._part = self._spans._part, self._part
+        return self._part
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None:
+            self._spans._part = self._part_before

@@ -113,7 +113,7 @@ def test_a_hello_is_one_or_a_value_error(fields: Any) -> None:
         assert hello.signed(SECRET).is_signed(SECRET)
 
 
-BEAT = asdict(Beat(doing="step 1", for_s=0.5, moves=3, is_in_step=True, waits=False, longest_step_s=1.0))
+BEAT = asdict(Beat(doing="step 1", for_s=0.5, moves=3, is_in_step=True, waits=False, longest_step_s=1.0, part="step 1", done=2, total=9))
 
 
 @fuzzed
