@@ -83,6 +83,11 @@ class Hub:
         return frozenset(gone)
 
     @property
+    def beats(self) -> dict[int, Beat]:
+        """What every rank of this meeting has said of itself last. Any thread may ask."""
+        return self._verdict.beats
+
+    @property
     def replica_is_back(self) -> bool:
         """Whether all ranks of a replica that the job goes on without are waiting to be taken back. Any thread may ask."""
         return self._replica_is_back.is_set()

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from comms.handshake import Session
-from comms.heartbeat import Pulse
+from comms.heartbeat import Beat, Pulse
 from comms.roster import Hello
 
 NOTICED_S = 3.0  # a standstill that others may have taken for a loss
@@ -71,6 +71,11 @@ class Verdict:
     again: str | None = None
     members: dict[int, Member] = field(default_factory=dict)
     waiting: dict[int, Member] = field(default_factory=dict)
+
+    @property
+    def beats(self) -> dict[int, Beat]:
+        """The last one of every member that has sent any. Any thread may ask."""
+        return {rank: member.pulse.beat for rank, member in list(self.members.items()) if member.pulse.beat is not None}
 
 
 def outlives(pid: int, host_id: str, *, own_host_id: str, was_cut: bool) -> bool:

@@ -178,11 +178,12 @@ class _OpenSpan:
     def __init__(self, spans: Spans, work: tuple[str, int | None]) -> None:
         self._spans, self._work = spans, work
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> object:
         spans = self._spans
         self._before, spans._current = spans._current, self._work
         spans._moved()
         self._start = spans._since if spans._record else None
+        return None
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is not None:

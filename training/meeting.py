@@ -42,6 +42,7 @@ from training.ending import end_process, see_it_leave
 from training.job import COLLECTIVE_TIMEOUT, Job, MeetAgain
 from training.limits import explain_out_of_memory
 from training.local_facts import LocalFacts, look_around
+from training.progress_display import say_who_is_missing, show_progress
 from training.telling import TELL_OTHERS_S, find_door, linger, make_hello, secret_of, tell_others
 from user_error import UserError
 
@@ -156,9 +157,10 @@ class Meetings:
         try:
             job = self._form(facts, arrived.formed, join_store(tunnel), lifeline, connections, number)
             self.replica_is_back = (lambda: host.hub.replica_is_back) if host is not None else (lambda: False)
-            yield job
-            self.spans.enter_phase("waiting for the others to end")
-            lifeline.finish()
+            with show_progress(None if host is None else lambda: host.hub.beats, facts.place):
+                yield job
+                self.spans.enter_phase("waiting for the others to end")
+                lifeline.finish()
         except BaseException as error:
             self._part_in_trouble(error, lifeline, host)
             raise
@@ -199,12 +201,13 @@ class Meetings:
             meeting=self._meeting if self.holds_state() else "",
         )
         try:
-            formed = lifeline.join(
-                hello,
-                on_wait=lambda text: log.info("%s", text),
-                refused_s=self._refused_s,
-                is_asked_to_stop=self._ends_waiting(),
-            )
+            with say_who_is_missing(None if host is None else lambda: host.hub.lost, facts.place):
+                formed = lifeline.join(
+                    hello,
+                    on_wait=lambda text: log.info("%s", text),
+                    refused_s=self._refused_s,
+                    is_asked_to_stop=self._ends_waiting(),
+                )
         except (UserError, KeyboardInterrupt) as error:
             if isinstance(error, UserError) and host is not None:
                 linger(host.hub, error, TELL_OTHERS_S)
