@@ -20,12 +20,14 @@ def load_layer(
     state: WeightFile | None,
     specs: StateSpecs,
     assign: Callable[[str, Tensor], None],
+    progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> dict[str, dict[str, Tensor]]:
     """Hand every weight of a layer to ``assign``, the master where the weight file is narrower; return name -> optimizer state.
 
     shapes: of the weights. specs: of their optimizer states. ``state`` None (a checkpoint without optimizer states): the weights alone, and
-    {}. What ``assign`` gets may lie in a mapped file: it copies, because kernels round differently on what lies at such addresses. Raises
-    UserError listing what is missing, extra or of a wrong shape or dtype, before anything is handed out.
+    {}. What ``assign`` gets may lie in a mapped file: it copies, because kernels round differently on what lies at such addresses.
+    ``progress`` hears the bytes just loaded. Raises UserError listing what is missing, extra or of a wrong shape or dtype, before anything
+    is handed out.
     """
     expected = dict(shapes)
     wrong = [n for n in expected if n in weights.specs and weights.specs[n].shape != expected[n]]
@@ -43,8 +45,9 @@ def load_layer(
             for name, shape in expected.items()
             if weights.specs[name].dtype != torch.float32
         }
-        states = read_layer_state(state, {name: {**specs[name], **masters.get(name, {})} for name in expected})
+        states = read_layer_state(state, {name: {**specs[name], **masters.get(name, {})} for name in expected}, progress)
     for name in expected:
         master = states[name].pop(MASTER, None) if states else None
         assign(name, weights.read(name) if master is None else master)
+        progress(weights.specs[name].num_bytes)
     return states

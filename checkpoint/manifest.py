@@ -16,7 +16,7 @@ gather.py).
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,14 +147,16 @@ def position_of(folder: Path) -> int | None:
         return None
 
 
-def file_problem(folder: Path, record: FileRecord, hashes: bool = False) -> str | None:
-    """What is wrong with one file of ``folder``, as a clause that names it; None if nothing is."""
+def file_problem(
+    folder: Path, record: FileRecord, hashes: bool = False, progress: Callable[[int], object] = lambda num_bytes: None
+) -> str | None:
+    """What is wrong with one file of ``folder``, as a clause that names it; None if nothing is. ``progress`` hears the bytes just read."""
     path = folder / record.name
     try:
         size = path.stat().st_size
         if size != record.size:
             return f"{record.name} has {size} bytes, must have {record.size}"
-        if hashes and sha256_of(path) != record.sha256:
+        if hashes and sha256_of(path, progress) != record.sha256:
             return f"{record.name} has changed: its sha256 is not the one in {MANIFEST}"
     except FileNotFoundError:
         return f"{record.name} is missing"
@@ -163,12 +165,13 @@ def file_problem(folder: Path, record: FileRecord, hashes: bool = False) -> str 
     return None
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+def sha256_of(path: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> str:
+    """Of a file's content, in hexadecimal. ``progress`` hears the bytes just read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            progress(len(chunk))
     return digest.hexdigest()
 
 

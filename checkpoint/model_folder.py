@@ -151,19 +151,21 @@ class ModelFolder:
         """True if weights lie there in 8 bits; they look like float32."""
         return any(isinstance(weight.file, Int8File) for weight in self.weights.values())
 
-    def num_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(weight.spec.num_bytes for weight in self.weights.values())
+    def num_bytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of all weights, or of those called ``names``."""
+        return sum(self.weights[name].spec.num_bytes for name in (self.weights if names is None else names) if name in self.weights)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, progress: Callable[[int], object] = lambda num_weights: None) -> str:
         """sha256 over every name, shape and dtype and some values of every weight (three runs of FINGERPRINT_ELEMENTS): other where the
-        model was fine-tuned or converted to another dtype, equal where it was only cut into other files."""
+        model was fine-tuned or converted to another dtype, equal where it was only cut into other files. progress: hears of every weight
+        that was read."""
         found = hashlib.sha256()
         for name in self.names():
             values = self.read(name).reshape(-1)
             found.update(f"{name} {list(self.shape(name))} {self.dtype(name)}".encode())
             for start in (0, len(values) // 2, max(0, len(values) - FINGERPRINT_ELEMENTS)):
                 found.update(values[start : start + FINGERPRINT_ELEMENTS].contiguous().view(torch.uint8).numpy().tobytes())
+            progress(1)
         return found.hexdigest()
 
     def digest(self) -> str:
@@ -220,9 +222,14 @@ def load_stage(stage: Stage, folder: ModelFolder) -> None:
     load_weights(folder, {name: p.shape for name, p in parameters.items()}, lambda name, values: parameters[name].copy_(values))
 
 
-def load_weights(folder: ModelFolder, shapes: Mapping[str, torch.Size], take: Callable[[str, Tensor], object]) -> None:
-    """Hand the weights of ``shapes`` to ``take`` one after the other, as they lie in the mapped files. Raises UserError, before the first,
-    if one is missing or has another shape."""
+def load_weights(
+    folder: ModelFolder,
+    shapes: Mapping[str, torch.Size],
+    take: Callable[[str, Tensor], object],
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> None:
+    """Hand the weights of ``shapes`` to ``take`` one after the other, as they lie in the mapped files. ``progress`` hears the bytes just
+    taken. Raises UserError, before the first, if one is missing or has another shape."""
     names = set(folder.names())
     missing = [name for name in shapes if name not in names]
     wrong = [name for name, shape in shapes.items() if name in names and folder.shape(name) != shape]
@@ -230,6 +237,7 @@ def load_weights(folder: ModelFolder, shapes: Mapping[str, torch.Size], take: Ca
         raise UserError(f"{folder.path} does not fit this model: " + "; ".join(listed("missing", missing) + listed("wrong shape", wrong)))
     for name in shapes:
         take(name, folder.read(name))
+        progress(folder.weights[name].spec.num_bytes)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

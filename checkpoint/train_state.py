@@ -8,7 +8,7 @@ that the optimizer updates; it is stored only where the weight file, in the mode
 so state is found again at any pipeline degree. Loads are strict and copy: bit for bit what was saved.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,13 @@ def pack_train_state(
     return tensors
 
 
-def read_layer_state(file: WeightFile, specs: StateSpecs) -> dict[str, dict[str, Tensor]]:
+def read_layer_state(
+    file: WeightFile, specs: StateSpecs, progress: Callable[[int], object] = lambda num_bytes: None
+) -> dict[str, dict[str, Tensor]]:
     """name -> kind -> tensor for every parameter of a layer, on the CPU in storage of its own.
 
-    specs: of the optimizer's state, and of "master" where the weight file is not fp32. Raises UserError listing what is missing, extra or
-    of a wrong shape or dtype.
+    specs: of the optimizer's state, and of "master" where the weight file is not fp32. ``progress`` hears the bytes just read. Raises
+    UserError listing what is missing, extra or of a wrong shape or dtype.
     """
     expected = {f"{kind}/{name}": spec for name, kinds in specs.items() for kind, spec in kinds.items()}
     wrong = [n for n, spec in sorted(file.specs.items()) if n in expected and spec != expected[n]]
@@ -63,6 +65,7 @@ def read_layer_state(file: WeightFile, specs: StateSpecs) -> dict[str, dict[str,
     for stored in expected:
         kind, _, name = stored.partition("/")
         loaded.setdefault(name, {})[kind] = _own(file.read(stored))
+        progress(file.specs[stored].num_bytes)
     return loaded
 
 

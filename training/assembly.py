@@ -20,6 +20,7 @@ from checkpoint.layer_store import StepWeights
 from checkpoint.model_folder import ModelFolder
 from checkpoint.tensor_file import json_bytes
 from checkpoint.weight_file import TensorSpec
+from comms.spans import Spans
 from modules.adapters import LoraSettings, add_lora, check_targets, draw_adapters, import_peft, train_layernorms
 from modules.dropout import seed_lora_dropout
 from modules.model_config import ModelConfig
@@ -187,8 +188,11 @@ def check_same_training(
         )
 
 
-def base_fingerprint(config: Config, model: ModelFolder) -> str | None:
+def base_fingerprint(config: Config, model: ModelFolder, spans: Spans) -> str | None:
     """What the weights that are read from --model-name are, the same on all ranks if they read the same; None where they are drawn."""
     if not config.load_pretrained_model:
         return None
-    return f"8 bits, {model.digest()}" if model.is_int8 else model.fingerprint()  # to read 8-bit files takes as long as to train a step
+    if model.is_int8:
+        return f"8 bits, {model.digest()}"  # to read 8-bit files takes as long as to train a step
+    with spans.part("comparing the models of all ranks", len(model.names()), "weights") as part:
+        return model.fingerprint(part.add)

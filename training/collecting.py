@@ -6,6 +6,7 @@ group, one layer at a time, each checked against the manifest's sha256, and drop
 
 import hashlib
 import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -37,22 +38,38 @@ def load_stage_state(job: Job, point: ResumePoint, stage: Stage, optimizer: Adam
         for name, state in optimizer.state().items()
     }
     readers = _readers(job)
-    with tempfile.TemporaryDirectory(prefix=COLLECTED_PREFIX, dir=root) as temporary:
+    part = job.spans.part("loading the checkpoint", _num_bytes(job, point, readers, own), "bytes")
+    with part as loaded, tempfile.TemporaryDirectory(prefix=COLLECTED_PREFIX, dir=root) as temporary:
         for key in layer_keys(job.model_config.num_layers):
-            names = [file_of_layer(key)]
+            names = _names(point, key)
             if names[0] not in point.records and key not in own:
                 continue  # of adapters: nothing of this layer is trained
-            if point.has_optimizer:
-                names.append(f"{TRAIN_STATE}/{file_of_layer(key)}")
-            paths = [_collect(job, point, name, readers[key], Path(temporary)) for name in names]
+            paths = [_collect(job, point, name, readers[key], Path(temporary), loaded.add) for name in names]
             if key in own:
                 files = [open_weight_file(path) for path in paths]
                 shapes = {name: parameter.shape for name, parameter in own[key]}
-                states = load_layer(shapes, files[0], files[1] if point.has_optimizer else None, specs, optimizer.assign)
+                states = load_layer(shapes, files[0], files[1] if point.has_optimizer else None, specs, optimizer.assign, loaded.add)
                 if point.has_optimizer:
                     optimizer.load_state(states)
             for path in Path(temporary).iterdir():
                 path.unlink()
+
+
+def _names(point: ResumePoint, key: str) -> list[str]:
+    """The files of a layer."""
+    return [file_of_layer(key), *([f"{TRAIN_STATE}/{file_of_layer(key)}"] if point.has_optimizer else [])]
+
+
+def _num_bytes(job: Job, point: ResumePoint, readers: Mapping[str, list[int]], own: Collection[str]) -> int:
+    """That this rank will load, get and give."""
+    rank, total = job.place.rank, 0
+    for key, readers_of_layer in readers.items():
+        for name in _names(point, key):
+            if name in point.records:
+                providers = {reader: point.provider(name, reader) for reader in readers_of_layer}
+                moved = sum(provider != reader and rank in (provider, reader) for reader, provider in providers.items())
+                total += point.records[name].size * (moved + (key in own))
+    return total
 
 
 def _readers(job: Job) -> dict[str, list[int]]:
@@ -65,18 +82,19 @@ def _readers(job: Job) -> dict[str, list[int]]:
     return readers
 
 
-def _collect(job: Job, point: ResumePoint, name: str, readers: list[int], temporary: Path) -> Path:
-    """Called by all ranks for the same ``name``: where a reader finds the file; what it lacks comes from the rank that provides it."""
+def _collect(job: Job, point: ResumePoint, name: str, readers: list[int], temporary: Path, progress: Callable[[int], object]) -> Path:
+    """Called by all ranks for the same ``name``: where a reader finds the file; what it lacks comes from the rank that provides it.
+    ``progress`` hears the bytes just sent or got."""
     rank, path = job.place.rank, point.folder / name
     for reader in readers:
         provider = point.provider(name, reader)
         if provider == reader:
             continue
         if rank == provider:
-            _send_file(job, point.folder / name, reader)
+            _send_file(job, point.folder / name, reader, progress)
         if rank == reader:
             path = temporary / name.replace("/", ".")
-            _receive_file(job, point.records[name], path, provider)
+            _receive_file(job, point.records[name], path, provider, progress)
     return path
 
 
@@ -84,15 +102,16 @@ def _wire_device(job: Job) -> torch.device:
     return job.device if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _send_file(job: Job, path: Path, reader: int) -> None:
+def _send_file(job: Job, path: Path, reader: int, progress: Callable[[int], object]) -> None:
     with explained_disk_errors(path), open(path, "rb") as file:
         while chunk := file.read(WIRE_CHUNK_BYTES):
             with naming_the_peer(f"giving {path.name} to rank {reader}"):
                 message = torch.frombuffer(bytearray(chunk), dtype=torch.uint8).to(_wire_device(job))
                 wait_for(dist.isend(message, dst=reader))
+            progress(len(chunk))
 
 
-def _receive_file(job: Job, record: FileRecord, path: Path, provider: int) -> None:
+def _receive_file(job: Job, record: FileRecord, path: Path, provider: int, progress: Callable[[int], object]) -> None:
     digest, left = hashlib.sha256(), record.size
     with explained_disk_errors(path), open(path, "xb") as file:
         while left > 0:
@@ -103,6 +122,7 @@ def _receive_file(job: Job, record: FileRecord, path: Path, provider: int) -> No
             digest.update(data)
             file.write(data)
             left -= len(data)
+            progress(len(data))
     if digest.hexdigest() != record.sha256:
         raise UserError(
             f"{record.name}, got from rank {provider}, is not what the manifest says (sha256): its disk holds a damaged copy. Resume with "

@@ -152,7 +152,8 @@ def _pool(config: EvalConfig, records: EvaluationSet) -> list[Example]:
 def _load(job: Job, config: Config, adapter: Adapter | None) -> Stage:
     stage = assemble_stage(config, job.model_config, job.cut[job.place.pp], job.device, precision_of(config, job.device))
     taker = WeightTaker(stage, None)
-    load_weights(job.model, taker.shapes, taker.take)
+    with job.spans.part("loading weights", job.model.num_bytes(taker.shapes), "bytes") as part:
+        load_weights(job.model, taker.shapes, taker.take, part.add)
     if adapter is not None:
         with torch.no_grad():
             for name, parameter in stage.named_parameters():

@@ -19,7 +19,11 @@ def check_replicas_alike(job: Job, stage: Stage) -> None:
     """
     if job.place.dp_size == 1:
         return
-    sums = {name: _checksums(parameter) for name, parameter in stage.named_parameters()}
+    sums: dict[str, list[int]] = {}
+    with job.spans.part("comparing replicas", sum(parameter.nbytes for parameter in stage.parameters()), "bytes") as part:
+        for name, parameter in stage.named_parameters():
+            sums[name] = _checksums(parameter)
+            part.add(parameter.nbytes)
     job.store.set(f"weights/{job.place.pp}/{job.place.dp}", json.dumps(sums))
     if job.place.dp == 0:
         return

@@ -205,7 +205,8 @@ def _wrong_hashes(job: Job, folder: Path, records: Mapping[str, FileRecord], sig
     own = sights[job.place.rank]
     sharers = [rank for rank, sight in enumerate(sights) if sight.copy == own.copy]
     share = sorted(own.names)[sharers.index(job.place.rank) :: len(sharers)]
-    problems = {name: file_problem(folder, records[name], hashes=True) for name in share}
+    with job.spans.part("checking the checkpoint's sha256", sum(records[name].size for name in share), "bytes") as part:
+        problems = {name: file_problem(folder, records[name], hashes=True, progress=part.add) for name in share}
     return {name: text for name, text in problems.items() if text is not None}
 
 

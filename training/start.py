@@ -261,7 +261,7 @@ def _agree_on_base(job: Job, config: Config, point: ResumePoint | None) -> str |
     other weights than rank 0, or adapters others than they were trained beside."""
     if point is not None and config.train == "all":
         return None
-    found = all_say(job, dist.PrefixStore("start", job.store), "base", base_fingerprint(config, job.model))
+    found = all_say(job, dist.PrefixStore("start", job.store), "base", base_fingerprint(config, job.model, job.spans))
     others = [rank for rank, base in enumerate(found) if base != found[0]]
     if others:
         raise UserError(

@@ -27,13 +27,18 @@ def load_trained(job: Job, config: Config, start: Start, stage: Stage, optimizer
     assert config.checkpoint_path is not None, "parse_config requires it"
     taker = WeightTaker(stage, optimizer)
     is_whole_in_checkpoint = start.point is not None and config.train == "all"
+    num_bytes = job.model.num_bytes(taker.shapes)
     if not is_whole_in_checkpoint and config.load_pretrained_model:
-        load_weights(job.model, taker.shapes, taker.take)
+        quantised = "" if config.base_quantization == "none" else f" and quantising them ({config.base_quantization})"
+        with job.spans.part(f"loading weights{quantised}", num_bytes, "bytes") as part:
+            load_weights(job.model, taker.shapes, taker.take, part.add)
     elif not is_whole_in_checkpoint:
-        for name, shape in taker.shapes.items():
-            values = torch.empty(shape, dtype=torch.float32)
-            draw_parameter(values, name, job.model_config, config.seed)
-            taker.take(name, values)
+        with job.spans.part("drawing weights", num_bytes, "bytes") as part:
+            for name, shape in taker.shapes.items():
+                values = torch.empty(shape, dtype=torch.float32)
+                draw_parameter(values, name, job.model_config, config.seed)
+                taker.take(name, values)
+                part.add(job.model.num_bytes([name]))
     if start.point is not None:
         load_stage_state(job, start.point, stage, optimizer, Path(config.checkpoint_path))
         loss_scale.load(start.point.trainer["loss_scale"])
