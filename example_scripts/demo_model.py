@@ -70,9 +70,10 @@ def make_model(folder: Path, *, num_ids: int, seed: int = 0) -> int:
 
 def generate(folder: Path, prompts: list[str], *, max_new_tokens: int = 48, seed: int = 0) -> list[str]:
     """What any user of transformers would do with the exported folder; returns prompt and continuation of each."""
+    import torch
     import transformers
 
-    transformers.set_seed(seed)
+    torch.manual_seed(seed)  # transformers' own set_seed imports its trainer, and with that peft and bitsandbytes
     generator = transformers.pipeline("text-generation", model=str(folder), device="cpu")
     answers = generator(prompts, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_k=50)
     return [answer[0]["generated_text"] for answer in answers]

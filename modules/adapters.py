@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.linear import Linear
+from modules.optional import without_bitsandbytes
 from modules.stage import Stage, stored_name
 from user_error import UserError
 
@@ -98,7 +99,8 @@ def add_lora(stage: Stage, settings: LoraSettings) -> None:
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(targets))
     # Into the blocks, because a stage is not what peft takes things with a ``config`` for; on meta, because peft draws from torch's
     # one generator and then rounds to the dtype of the base.
-    peft.inject_adapter_in_model(config, stage.blocks, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    with without_bitsandbytes():
+        peft.inject_adapter_in_model(config, stage.blocks, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     stage.requires_grad_(False)
     for part in list(stage.modules()):
         if hasattr(part, LORA_A) and hasattr(part, _BASE):
@@ -177,7 +179,8 @@ def merge_into(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
 def import_peft() -> Any:
     """The package. Raises UserError, with what to install, where it is missing."""
     try:
-        import peft
+        with without_bitsandbytes():
+            import peft
     except ModuleNotFoundError as error:
         if error.name != "peft":
             raise

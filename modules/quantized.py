@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from modules import gemm
 from modules.linear import Linear
+from modules.optional import import_bitsandbytes
 from user_error import UserError
 
 BLOCK_BYTES = 16 << 20  # of a weight in the dtype of the activations, at most (or one row)
@@ -279,13 +280,12 @@ def check_nf4_available(device: torch.device | str) -> None:
 
 def _bitsandbytes_functional() -> Any:
     try:
-        from bitsandbytes import functional
+        return import_bitsandbytes()
     except ImportError as failure:
         raise UserError(
             f"--base-quantization nf4 needs the package bitsandbytes, which cannot be imported ({failure}). "
             "pip install bitsandbytes, or use --base-quantization int8."
         ) from failure
-    return functional
 
 
 def _quantize_nf4(flat: Tensor) -> tuple[Tensor, Tensor]:

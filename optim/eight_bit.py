@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modules.optional import import_bitsandbytes
 from optim.build import AdamSettings, FusedAdamW, State
 from user_error import UserError
 
@@ -31,8 +32,7 @@ class EightBitAdamW:
     def __init__(self, settings: AdamSettings) -> None:
         """Raises UserError where the package is missing."""
         check_bitsandbytes()
-        from bitsandbytes.functional import create_dynamic_map
-
+        create_dynamic_map = import_bitsandbytes().create_dynamic_map
         self._settings, self._of_small = settings, FusedAdamW(settings)
         self._codes = {signed: create_dynamic_map(signed=signed).float() for signed in (True, False)}  # (256,) what a code stands for
 
@@ -66,12 +66,10 @@ class EightBitAdamW:
             self._update_large(masters[i], gradients[i], states[i], learning_rate, decay)
 
     def _update_large(self, master: Tensor, gradient: Tensor, state: State, learning_rate: float, decay: float) -> None:
-        from bitsandbytes.functional import optimizer_update_8bit_blockwise
-
         state["step"] += 1
         settings = self._settings
         signed, unsigned = (self._codes[kind].to(master.device) for kind in (True, False))
-        optimizer_update_8bit_blockwise(
+        import_bitsandbytes().optimizer_update_8bit_blockwise(
             "adam",  # with decoupled decay: bitsandbytes' AdamW8bit calls it so
             gradient,
             master,

@@ -42,7 +42,6 @@ def set_up_logging(place: str) -> None:
     if not isinstance(tqdm.get_lock(), type(threading.RLock())):
         # tqdm's own is a semaphore that all processes forked from one parent share: one that died writing would silence the others for ever
         tqdm.set_lock(threading.RLock())
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which warns of kernels nobody calls
     handler = _LinesAboveTheBar()
     handler.setFormatter(logging.Formatter(f"[{place}] %(message)s"))
     for name in ("trainer", "tasks"):
