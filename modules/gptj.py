@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from modules.dropout import Draw, SeededDropout
 from modules.linear import Linear
 from modules.lm_ops import LayerNorm, Segments, packed_causal_attention, rotate_interleaved
-from modules.model_config import ModelConfig, ModelNames, check_rules, read_numbers
+from modules.model_config import GELU_OF_ACTIVATION, ModelConfig, ModelNames, check_rules, read_numbers
 from user_error import UserError
 
 _DEFAULTS: dict[str, Any] = {"n_positions": 2048, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02}  # those of transformers
+_ACTIVATIONS = [name for name, gelu in GELU_OF_ACTIVATION.items() if gelu == "tanh"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class GPTJConfig(ModelConfig):
         activation = config.get("activation_function", "gelu_new")
         check_rules(
             [
-                (activation == "gelu_new", f"activation_function {activation!r} (only gelu_new)"),
+                (activation in _ACTIVATIONS, f"activation_function {activation!r} (only {', '.join(_ACTIVATIONS)})"),
                 (not config.get("tie_word_embeddings", False), "tie_word_embeddings true (the head must have its own weight)"),
                 (width % num_heads == 0, f"n_embd {width} that n_head {num_heads} does not divide"),
                 (rotary_dim <= width // num_heads and rotary_dim % 2 == 0, f"rotary_dim {rotary_dim} (even, 2 .. n_embd/n_head)"),
@@ -95,7 +96,7 @@ class GPTJAttention(nn.Module):
 
 
 class GPTJMLP(nn.Module):
-    """fc_out(gelu(fc_in(x))) with the tanh approximation of gelu (``gelu_new``)."""
+    """fc_out(gelu(fc_in(x))) with the tanh approximation of gelu."""
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()

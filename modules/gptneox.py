@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modules.dropout import SeededDropout
 from modules.linear import Linear
 from modules.lm_ops import LayerNorm, Segments, packed_causal_attention, rotate_halves
-from modules.model_config import ModelConfig, ModelNames, check_rules, read_numbers
+from modules.model_config import GELU_OF_ACTIVATION, ModelConfig, ModelNames, check_rules, read_numbers
 from user_error import UserError
 
 _DEFAULTS: dict[str, Any] = {  # those of transformers, where its GPTNeoXConfig leaves a key out
@@ -24,13 +24,6 @@ _DEFAULTS: dict[str, Any] = {  # those of transformers, where its GPTNeoXConfig 
     "initializer_range": 0.02,
 }
 _DEFAULT_ROTARY = {"rotary_pct": 0.25, "rotary_emb_base": 10000}
-GELU_OF_ACTIVATION: dict[str, Literal["none", "tanh"]] = {
-    "gelu": "none",
-    "gelu_python": "none",
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-}
 
 
 @dataclass(frozen=True, kw_only=True)

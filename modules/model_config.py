@@ -8,11 +8,22 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from user_error import UserError
+
+# transformers has several names for one function: the exact gelu, or its approximation by tanh.
+GELU_OF_ACTIVATION: dict[str, Literal["none", "tanh"]] = {
+    "gelu": "none",
+    "gelu_python": "none",
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_python_tanh": "tanh",
+    "gelu_accurate": "tanh",
+}
 
 # Of these a file claims more only by mistake. Two widths make a matrix, whose bytes must be countable in 64 bits.
 _LARGEST = {"n_layer": 10_000, "num_hidden_layers": 10_000} | dict.fromkeys(

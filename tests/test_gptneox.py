@@ -21,8 +21,9 @@ from checkpoint.hf_folder import write_hf_folder
 from checkpoint.layered_folder import write_model_folder
 from checkpoint.model_folder import ModelFolder, check_model_folder, load_stage
 from modules.families import is_legacy_buffer, read_model_config
-from modules.gptneox import GELU_OF_ACTIVATION, GPTNeoXConfig
+from modules.gptneox import GPTNeoXConfig
 from modules.lm_ops import Segments, next_token_targets
+from modules.model_config import GELU_OF_ACTIVATION
 from modules.stage import Stage, empty_stage, meta_stage
 from training.saving import Saver
 from user_error import UserError

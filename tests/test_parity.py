@@ -1,6 +1,7 @@
 """The model and its gradient are what Hugging Face computes."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from harness import example_tokens, run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import GPTJForCausalLM, GPTNeoXForCausalLM, PreTrainedModel
 
+import converters.from_hf
+import converters.to_hf
 from checkpoint.model_folder import ModelFolder, load_stage
 from comms.groups import join_process_group, make_groups
 from comms.place import place_of
@@ -24,6 +27,7 @@ from pipeline_parallel.partition import even_cut
 from pipeline_parallel.schedule import PipelineMode
 from training.gradient import GlobalGradient, Schedule
 from training.job import COLLECTIVE_TIMEOUT
+from user_error import UserError
 
 SEQ_LENGTH, NUM_SEQUENCES, CLIP = 24, 16, 0.05
 
@@ -65,6 +69,29 @@ def test_own_gptj_equals_hf_in_logits_and_every_gradient(model_folder: Path) -> 
     for name, parameter in ours.named_parameters():
         difference = (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm()
         assert difference <= 1e-5, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"])
+def test_a_gptj_may_call_its_gelu_by_any_of_its_names_and_keeps_the_one_it_has(
+    name: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """Files of fine-tuned relatives say gelu_fast or gelu_pytorch_tanh; the exact gelu stays refused."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "activation_function": name}))
+    ids = torch.arange(64)[None]  # (1, T)
+    stage = load(folder)
+    with torch.no_grad():
+        ours = stage.logits(stage(ids, Segments.from_positions(torch.arange(64)[None])))  # (1, T, V)
+        theirs = GPTJForCausalLM.from_pretrained(folder)(ids).logits  # (1, T, V)
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert converters.from_hf.main("gptj", ["--model-name", str(folder), "--save-dir", str(tmp_path / "cut")]) == 0
+    cut, back = tmp_path / "cut" / "model", tmp_path / "back"
+    assert converters.to_hf.main("gptj", ["--ckpt-path", str(cut), "--save-path", str(back)]) == 0
+    assert json.loads((back / "config.json").read_text())["activation_function"] == name
+    with pytest.raises(UserError, match=r"'gelu' \(only gelu_new, gelu_fast"):
+        read_model_config({**config, "activation_function": "gelu"})
 
 
 def test_loaded_weights_lie_in_their_own_aligned_storage(model_folder: Path, tmp_path: Path) -> None:
