@@ -34,7 +34,7 @@ fi
 : "${NET_INTERFACE:=}"             # network interface that carries the traffic (eth0, wg0); default: the one that routes to RANK0_HOST
 : "${DP_BACKEND:=}"                # nccl or gloo; default: nccl on GPUs, gloo on CPU
 : "${DEVICE:=auto}"                # auto, cpu or cuda
-: "${NUM_THREADS:=}"               # compute threads per process; default: cores / processes on this host
+: "${NUM_THREADS:=}"               # compute threads per process; default: OMP_NUM_THREADS, else cores / processes here
 # --- the batch: BATCH x REPLICAS x ACCUMULATE sequences of SEQ_LENGTH tokens per optimizer step -----------------------------------
 : "${SEQ_LENGTH:=2048}"            # tokens per sequence
 : "${BATCH:=8}"                    # sequences per replica and accumulation step

@@ -34,7 +34,7 @@ set -euo pipefail
 : "${EPOCHS:=3}"                      # passes over them
 : "${STAGES:=1}"                      # stages that the layers are cut into; several where one host's memory does not hold the model
 : "${REPLICAS:=1}"                    # copies of the pipeline; one per socket
-: "${NUM_THREADS:=}"                  # compute threads per rank; default: cores / ranks
+: "${NUM_THREADS:=}"                  # compute threads per rank; default: OMP_NUM_THREADS, else cores / ranks
 : "${ALLOCATOR:=}"                    # a library that takes malloc's place (LD_PRELOAD); default: glibc's
 : "${LORA_RANK:=18}"                  # rank of the adapters
 : "${LORA_ALPHA:=54}"                 # their output is multiplied by LORA_ALPHA / LORA_RANK

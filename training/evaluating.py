@@ -41,6 +41,7 @@ from training.evaluator import Evaluator
 from training.forward_only import ForwardOnly
 from training.job import Job, all_say
 from training.meeting import Meetings
+from training.opening import describe_threads
 from training.precision import precision_of
 from training.report import set_up_logging
 from training.resuming import newest_in_sight
@@ -71,6 +72,8 @@ def evaluate_rank(config: EvalConfig) -> EvaluationResults | None:
     with Meetings(job_config, goes_on=False).meet() as job, ExitStack() as cleanup:
         set_up_logging(str(place_of(config.rank, dp_size=config.data_group_size, pp_size=config.num_stages)))
         job.spans.enter_phase("preparing the evaluation")
+        if job.place.rank == 0 and job.device.type == "cpu":
+            log.info("rank 0 on %s, %s", job.device, describe_threads(config, job))
         desk = _open_desk(job, config) if job.place.rank == 0 else None
         length = int(all_say(job, job.store, "evaluation length", None if desk is None else desk.length)[0])
         job.spans.enter_phase("loading weights")

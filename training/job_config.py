@@ -87,7 +87,11 @@ class JobConfig:
 
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "what this process computes on; auto: CUDA where there is one", group=MACHINE)
     cuda_id: int | None = flag(None, "index of this process's GPU; left out: LOCAL_RANK of the environment, else 0", group=MACHINE)
-    num_threads: int | None = flag(None, "compute threads of this process on a CPU; left out: cores // ranks on this host", group=MACHINE)
+    num_threads: int | None = flag(
+        None,
+        "compute threads of this process on a CPU; left out: OMP_NUM_THREADS, else cores // ranks on this host",
+        group=MACHINE,
+    )
 
     @property
     def num_stages(self) -> int:

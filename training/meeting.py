@@ -9,7 +9,6 @@ whatever it is doing, or wakes it with MeetAgain."""
 import contextlib
 import logging
 import math
-import os
 import threading
 import time
 import traceback
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from comms.connections import Connections
@@ -44,6 +42,7 @@ from training.limits import explain_out_of_memory
 from training.local_facts import LocalFacts, look_around
 from training.progress_display import say_who_is_missing, show_progress
 from training.telling import TELL_OTHERS_S, find_door, linger, make_hello, secret_of, tell_others
+from training.threads import set_threads
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -338,8 +337,7 @@ class Meetings:
         members = [entry["rank"] for entry in roster]
         place = place_of(members.index(facts.place.rank), dp_size=len(members) // facts.place.pp_size, pp_size=facts.place.pp_size)
         ranks_here = sum(entry["host_id"] == roster[place.rank]["host_id"] for entry in roster)
-        num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
-        torch.set_num_threads(num_threads)
+        num_threads = set_threads(config.num_threads, ranks_here)
         keep_freed_memory()
         text = (
             f"the ranks have met, but {facts.place.in_words} did not get its connections to the others over {facts.interface.name} in "

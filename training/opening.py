@@ -9,9 +9,11 @@ from training.assembly import assemble_stage
 from training.config import Config
 from training.flags import flag_name
 from training.job import Job
+from training.job_config import JobConfig
 from training.plan import PipelinePlan
 from training.precision import SHORT, precision_of
 from training.report import table
+from training.threads import threads_here
 
 DROPOUT_KEYS = ("_pdrop", "hidden_dropout", "attention_dropout")  # of GPT-J, of GPT-NeoX
 
@@ -19,7 +21,7 @@ DROPOUT_KEYS = ("_pdrop", "hidden_dropout", "attention_dropout")  # of GPT-J, of
 def describe_run(config: Config, job: Job, first_step: int, plan: PipelinePlan, *, in_full: bool) -> str:
     """A few short tables for rank 0's log; not in_full: the two lines above them."""
     place = job.place
-    where = f"{job.device}, {job.num_threads} compute thread(s) per rank" if job.device.type == "cpu" else str(job.device)
+    where = f"{job.device}, {describe_threads(config, job)}" if job.device.type == "cpu" else str(job.device)
     dropouts = {name: value for name, value in job.model.config.items() if name.endswith(DROPOUT_KEYS) and value}
     lines = [
         f"{place.world_size} ranks: {place.pp_size} stage(s) ({config.pp_mode}) x {place.dp_size} replica(s) ({config.dp_mode}), "
@@ -39,6 +41,15 @@ def describe_run(config: Config, job: Job, first_step: int, plan: PipelinePlan, 
         *([f"note: config.json asks for dropout ({dropouts}); --dropout decides, and it is 0"] if dropouts and not config.dropout else []),
     ]
     return "\n".join(lines)
+
+
+def describe_threads(config: JobConfig, job: Job) -> str:
+    """With how many threads this rank computes, and on whose word."""
+    own_host = job.roster[job.place.rank]["host_id"]
+    ranks_here = sum(entry["host_id"] == own_host for entry in job.roster)
+    noun = "thread" if job.num_threads == 1 else "threads"
+    why = threads_here(config.num_threads, ranks_here).why
+    return f"{job.num_threads} compute {noun} per rank ({why})"
 
 
 def _resolved_flags(config: Config, job: Job) -> list[tuple[str, ...]]:
