@@ -8,7 +8,9 @@ gloo's listeners stay open for the whole job and take whoever connects: each str
 they run out gloo ends the process. So once the groups are made their listeners answer nobody any more.
 
 gloo closes its end of a connection that has ended, and tells whoever waits for a message on it, unless the message had begun to travel. So
-has_lost_one() looks for sockets that are there no more."""
+has_lost_one() looks for sockets that are there no more. It looks only at connections of which another rank has recorded the other end: what
+some library opens and closes meanwhile is never taken for a lost link. And gloo itself closes none while it is in use, for no wait of ours
+has a time limit that could pass (transport.py)."""
 
 import contextlib
 import ctypes
@@ -16,14 +18,11 @@ import os
 import socket
 import stat
 import struct
-import threading
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
-_GREETING_BYTES = 8  # of gloo, which drops a stranger that has sent less and holds on to one that has sent another
-_BYTES_AT = struct.Struct("=120xQQ")  # in struct tcp_info of linux/tcp.h: tcpi_bytes_acked, tcpi_bytes_received
 _KEEP_ALIVE_PROBES = 60
 _SO_ATTACH_FILTER = 26  # of Linux; the socket module has no name for it
 _BPF_RETURN_CONSTANT = 0x06  # of linux/filter.h: BPF_RET | BPF_K
@@ -35,12 +34,12 @@ class Connections:
 
     def __init__(self, *, of_gloo: bool = False) -> None:
         self._of_gloo = of_gloo
-        self._looking = threading.Lock()
         self._before: dict[int, list[int]] | None = None
         self._recorded: frozenset[int] = frozenset()
-        self._of_groups: frozenset[int] = frozenset()  # of all that were made meanwhile, those that may be gloo's
-        self._greeted: frozenset[int] = frozenset()  # those of them on which gloo has spoken
+        self._ends: dict[int, tuple[str, str]] = {}  # of what may be gloo's: own address and the other one
+        self._between_ranks: frozenset[int] = frozenset()
         self._is_broken = False
+        self.num_recorded = 0
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
@@ -54,25 +53,33 @@ class Connections:
             made = {inode: at for inode, at in own_sockets().items() if inode not in self._before}
             self._recorded |= frozenset(made)
             self._before = None
+            self.num_recorded += 1
             if self._of_gloo:
-                self._of_groups |= {inode for inode, at in made.items() if ports.isdisjoint(of_tcp(inode, at, _ports, ports))}
-                self.has_lost_one()
                 for inode, at in made.items():
+                    if (ends := of_tcp(inode, at, _ends, None)) and ports.isdisjoint(of_tcp(inode, at, _ports, ports)):
+                        self._ends[inode] = ends
                     of_tcp(inode, at, _outlast, None)
                     of_tcp(inode, at, _turn_strangers_away, None)
             if self._is_broken:
                 self.break_all()
 
+    @property
+    def ends(self) -> list[tuple[str, str]]:
+        """Both addresses of every connection that may be one between ranks, the own one first: what the other ranks are told."""
+        return list(self._ends.values())
+
+    def watch(self, ends_of_others: Iterable[Iterable[Sequence[str]]]) -> None:
+        """From now on has_lost_one() looks at those whose other end is among the ``ends`` of another rank. A connection that was translated
+        on its way is not among them: its end is noticed by whoever uses it, and by nobody else."""
+        others = {(theirs, own) for ends in ends_of_others for own, theirs in ends}
+        self._between_ranks |= {inode for inode, ends in self._ends.items() if ends in others}
+
     def has_lost_one(self) -> bool:
-        """Whether a connection of gloo's has ended: one on which it has spoken is there no more. Asked now and then, on any thread."""
-        with self._looking:  # one that another thread finds meanwhile would be missing among those that are here
-            try:
-                here = own_sockets()
-            except OSError:  # no descriptor is left to look with
-                return False
-            unknown = self._of_groups - self._greeted
-            self._greeted |= {i for i in unknown if i in here and of_tcp(i, here[i], _bytes_exchanged, 0) >= _GREETING_BYTES}
-            return not self._greeted <= here.keys()
+        """Whether a connection between this rank and another has ended: its socket is there no more. Asked now and then, on any thread."""
+        try:
+            return not self._between_ranks <= own_sockets().keys()
+        except OSError:  # no descriptor is left to look with
+            return False
 
     def break_all(self) -> None:
         """Shut every connection down; those of a group that is just being made, too. Any thread may call it, more than once."""
@@ -123,15 +130,17 @@ def _ports(connection: socket.socket, is_listener: bool) -> frozenset[int]:
     return frozenset((connection.getsockname()[1], 0 if is_listener else connection.getpeername()[1]))
 
 
+def _ends(connection: socket.socket, is_listener: bool) -> tuple[str, str] | None:
+    return None if is_listener else (_in_words(connection.getsockname()), _in_words(connection.getpeername()))
+
+
+def _in_words(address: tuple[Any, ...]) -> str:
+    """Of an IPv4 address in the form of IPv6 the former, and without a scope, which each host counts for itself."""
+    return f"{str(address[0]).removeprefix('::ffff:').partition('%')[0]}:{address[1]}"
+
+
 def _listening_port(connection: socket.socket, is_listener: bool) -> int:
     return int(connection.getsockname()[1]) if is_listener else 0
-
-
-def _bytes_exchanged(connection: socket.socket, is_listener: bool) -> int:
-    if is_listener:
-        return 0
-    state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_AT.size)
-    return sum(_BYTES_AT.unpack(state)) if len(state) == _BYTES_AT.size else 0
 
 
 def _outlast(connection: socket.socket, is_listener: bool) -> None:

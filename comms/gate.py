@@ -9,7 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from comms.connections import keep_alive
-from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, REFUSAL, Challenge, Session
+from comms.handshake import MAX_LINE_BYTES, REFUSAL, Challenge, Session
 from comms.secret import Secret
 from comms.store_tunnel import pass_on
 
@@ -28,7 +28,10 @@ class Gate:
         secret: Secret,
         store_port: int | None,
         on_rank: Callable[[asyncio.StreamReader, asyncio.StreamWriter, Session], Awaitable[None]],
+        *,
+        handshake_s: float,
     ) -> None:
+        self._handshake_s = handshake_s
         self._secret, self._store_port, self._on_rank = secret, store_port, on_rank
         self._strangers: dict[asyncio.StreamWriter, None] = {}
         self._num_refused = 0
@@ -39,7 +42,7 @@ class Gate:
         try:
             keep_alive(writer.get_extra_info("socket"))
             self._make_room_for(writer)
-            session, purpose = await asyncio.wait_for(self._shake_hands(reader, writer), HANDSHAKE_TIMEOUT_S)
+            session, purpose = await asyncio.wait_for(self._shake_hands(reader, writer), self._handshake_s)
             if purpose == "rank":
                 await self._on_rank(reader, writer, session)
             elif self._store_port is not None:

@@ -20,7 +20,6 @@ from comms.secret import Secret
 
 PROTOCOL = "geo-clm-trainer/2"
 MAX_LINE_BYTES = 2**20
-HANDSHAKE_TIMEOUT_S = 10.0
 PURPOSES = ("rank", "store")
 MAX_WHO_CHARS = 200
 _MAC_HEX = 64

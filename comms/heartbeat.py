@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from comms.deadlines import Deadlines
+
 BEAT_S = 0.5
 FRESH_S = 3 * BEAT_S  # so old may the beat of a rank be that is said to live
 WAKING_S = 5.0  # from the end of a standstill until all has come that it caused
-SILENT_S = 15.0  # auto: without a sign of life
-FIRST_STEP_S = 1800.0  # auto: without progress while no step has ended yet, so nobody knows how long one takes
-STUCK_S = 300.0  # auto: without progress, at least: a slow disk or a slow download is no hang
 STEPS_WITHOUT_PROGRESS = 10
 
 
@@ -72,6 +71,10 @@ class Pulse:
             self.moved_at = now - beat.for_s
         self.beat, self.came_at = beat, now
 
+    def is_stuck(self, now: float, limit_s: float) -> bool:
+        """Whether the rank lives, by its last beat, and has not got on for ``limit_s``."""
+        return self.beat is not None and now - self.moved_at > limit_s and now - self.came_at < FRESH_S
+
     def last_words(self, now: float) -> str:
         """Such as ``last heard of 0.4 s ago, for 0.1 s in step 12, forward of micro-batch 3``."""
         if self.beat is None:
@@ -111,22 +114,19 @@ class Overdue:
     all_wait: bool = False
 
 
-def silent_after_s(peer_timeout_s: float | None) -> float:
-    """Seconds without a beat until a rank is lost. None: auto."""
-    return SILENT_S if peer_timeout_s is None else peer_timeout_s
-
-
-def stuck_after_s(peer_timeout_s: float | None, longest_step_s: float) -> float:
-    """Seconds without progress inside a step until a rank is lost: ten of the longest steps so far, and at least --peer-timeout."""
+def stuck_after_s(deadlines: Deadlines, longest_step_s: float) -> float:
+    """Seconds without progress inside a step until a rank is lost: ten of the longest steps so far, and at least deadlines.step_s."""
     if longest_step_s == 0.0:
-        return max(FIRST_STEP_S, peer_timeout_s or 0.0)
-    return max(STUCK_S if peer_timeout_s is None else peer_timeout_s, STEPS_WITHOUT_PROGRESS * longest_step_s)
+        return deadlines.first_step_s
+    return max(deadlines.step_s, STEPS_WITHOUT_PROGRESS * longest_step_s)
 
 
-def find_overdue(pulses: Mapping[int, Pulse], now: float, peer_timeout_s: float | None) -> Overdue | None:
-    """The rank that keeps the others waiting for too long, if any. pulses: of the ranks that are in the job now."""
-    limit = silent_after_s(peer_timeout_s)
-    silent = [(pulse.came_at, rank) for rank, pulse in pulses.items() if now - pulse.came_at > limit]
+def find_overdue(pulses: Mapping[int, Pulse], now: float, deadlines: Deadlines) -> Overdue | None:
+    """The rank that keeps the others waiting for too long, if any. pulses: of the ranks that are in the job now.
+
+    A silent rank comes first. Then one that is at work inside a step and does not get on, or any of them where all wait for each other.
+    Last, where a rank is outside of steps, one of those of which none has got on at all for a very long time."""
+    silent = [(pulse.came_at, rank) for rank, pulse in pulses.items() if now - pulse.came_at > deadlines.silent_s]
     if silent:
         came_at, rank = min(silent)
         return Overdue(
@@ -135,18 +135,22 @@ def find_overdue(pulses: Mapping[int, Pulse], now: float, peer_timeout_s: float 
             "be stopped, its machine suspended or overloaded, or its network cut",
         )
     longest = max((pulse.beat.longest_step_s for pulse in pulses.values() if pulse.beat is not None), default=0.0)
-    limit = stuck_after_s(peer_timeout_s, longest)
-    stuck = {
-        rank: pulse
-        for rank, pulse in pulses.items()
-        if pulse.beat is not None and pulse.beat.is_in_step and now - pulse.moved_at > limit and now - pulse.came_at < FRESH_S
-    }
-    at_work = {rank: pulse for rank, pulse in stuck.items() if pulse.beat is not None and not pulse.beat.waits}
-    if not stuck or (not at_work and len(stuck) < len(pulses)):
-        return None  # those who wait may wait for one that gets on, or that is not in a step
-    moved_at, rank = min((pulse.moved_at, rank) for rank, pulse in (at_work or stuck).items())
+    stuck = {rank: pulse for rank, pulse in pulses.items() if pulse.is_stuck(now, stuck_after_s(deadlines, longest))}
+    in_step = {rank: pulse for rank, pulse in stuck.items() if pulse.beat is not None and pulse.beat.is_in_step}
+    at_work = {rank: pulse for rank, pulse in in_step.items() if pulse.beat is not None and not pulse.beat.waits}
+    if at_work or (in_step and len(in_step) == len(pulses)):
+        return _stuck(at_work or in_step, now, all_wait=not at_work)
+    if pulses and all(pulse.is_stuck(now, deadlines.outside_s) for pulse in pulses.values()):
+        at_work = {rank: pulse for rank, pulse in pulses.items() if pulse.beat is not None and not pulse.beat.waits}
+        return _stuck(at_work or pulses, now, all_wait=not at_work)
+    return None  # those who wait may wait for one that gets on, or that is not in a step
+
+
+def _stuck(ranks: Mapping[int, Pulse], now: float, *, all_wait: bool) -> Overdue:
+    """The one of ``ranks`` that has not got on for longest."""
+    moved_at, rank = min((pulse.moved_at, rank) for rank, pulse in ranks.items())
     return Overdue(
         rank,
-        f"lives but has not got on for {now - moved_at:.0f} s; it was {pulses[rank].last_words(now)}. Its output shows where it stands",
-        all_wait=not at_work,
+        f"lives but has not got on for {now - moved_at:.0f} s; it was {ranks[rank].last_words(now)}. Its output shows where it stands",
+        all_wait=all_wait,
     )

@@ -23,6 +23,7 @@ Left to others: the client side (lifeline.py), process groups (groups.py), what 
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import socket
 import threading
@@ -32,24 +33,24 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from comms.gate import Gate, read_line
-from comms.handshake import HANDSHAKE_TIMEOUT_S, Session
-from comms.heartbeat import BEAT_S, Beat, Pulse, Standstill, find_overdue
+from comms.handshake import Session
+from comms.heartbeat import BEAT_S, Beat, Pulse, Standstill, find_overdue, stuck_after_s
 from comms.members import Member, Rules, Verdict, outlives
 from comms.roster import Hello, find_problem, not_alike
 from comms.secret import Secret
 
 log = logging.getLogger("trainer")
 
-LAST_WORDS_S, LEAVING_S = 1.0, 5.0
+LAST_WORDS_S = 1.0
 MOST_UNREAD_BYTES = 2**12  # of a connection; longer lines are read in pieces, once it is known who sends them
-SUSPICION_S = 2.0  # from a failed exchange until it counts as a broken link: the death of a rank is known by then
 
 
 class Hub:
     """The server of one meeting. Runs on a thread of rank 0's process from construction to close().
 
     listener: a bound, listening socket that becomes the hub's. describe: rank -> words such as "rank 3 (stage 1 of 2, replica 1 of 2)".
-    problem: a mistake that rank 0 found on its own; the hub then only tells it to everybody who comes."""
+    problem: a mistake that rank 0 found on its own; the hub then only tells it to everybody who comes. before: the hub of the meeting
+    before this one, which still hears the ranks that have not left it."""
 
     def __init__(
         self,
@@ -62,14 +63,18 @@ class Hub:
         describe: Callable[[int], str],
         rules: Rules | None = None,
         problem: str | None = None,
+        before: "Hub | None" = None,
     ) -> None:
+        self._before = before
         self._secret, self._world_size, self._deadline_s = secret, world_size, deadline_s
-        self._gate = Gate(secret, store_port, self._serve_rank)
         self._describe, self._rules = describe, rules or Rules()
+        self._deadlines = self._rules.deadlines
+        self._gate = Gate(secret, store_port, self._serve_rank, handshake_s=self._deadlines.handshake_s)
         self._verdict = Verdict(refused=problem)
         self._num_others_told, self._deadline_passed, self._grace_passed = 0, False, False
         self._others_told, self._all_done, self._loss_told = threading.Event(), threading.Event(), threading.Event()
-        self._replica_is_back, self._all_left = threading.Event(), threading.Event()
+        self._replica_is_back, self._all_left, self._retired = threading.Event(), threading.Event(), threading.Event()
+        self._heard: dict[int, float] = {}  # time.monotonic() of the last sign of each rank of this meeting
         self._standstill = Standstill(time.monotonic())
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -107,34 +112,52 @@ class Hub:
         with contextlib.suppress(RuntimeError):  # it is closed
             self._loop.call_soon_threadsafe(self._again, text)
 
+    def heard_at(self, rank: int) -> float:
+        """time.monotonic() when ``rank``, which must come to the next meeting, was last known to be on its way: it beats and gets on, or
+        has left this meeting. -inf for one that has never been here. Any thread may ask."""
+        return self._heard.get(rank, -math.inf)
+
+    def retire(self) -> None:
+        """Where all are to meet again: give the port free for the next hub, and go on listening to those who have not left."""
+        with contextlib.suppress(RuntimeError):  # it is closed
+            self._loop.call_soon_threadsafe(self._retire)
+            self._retired.wait()
+
     def close(self, timeout_s: float = 60.0) -> None:
         """End the server once all members have said they are done, at most ``timeout_s`` later: they would take its end for a death. Where
         they are to meet again it ends at once."""
         if self._verdict.formed is not None and self._verdict.again is None and self._all_done.wait(timeout_s):
-            self._all_left.wait(LEAVING_S)  # a connection that is closed under a beat would take the last word with it
+            self._all_left.wait(self._deadlines.leaving_s)  # a connection that is closed under a beat would take the last word with it
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(timeout_s)
+        self._before = None
 
     def _run(self, listener: socket.socket) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._serve(listener))
         finally:
+            self._retired.set()
             self._loop.close()
 
     async def _serve(self, listener: socket.socket) -> None:
         server = await asyncio.start_server(self._gate.serve_one, sock=listener, limit=MOST_UNREAD_BYTES, backlog=512)
+        self._server = server
         works = [self._refuse_at_deadline(), self._feel_pulses(), *([self._form_after_grace()] if self._rules.grace_s else [])]
         timers = [asyncio.create_task(self._guarded(work)) for work in works]
         await self._stop.wait()
-        server.close()
+        self._retire()
         for member in self._verdict.waiting.values():
             member.send({"again": ""} if self._verdict.again is not None else {"refused": "the job has ended while this rank was waiting"})
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *timers, return_exceptions=True)
+
+    def _retire(self) -> None:
+        self._server.close()
+        self._retired.set()
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         """A defect of ours ends this meeting, visibly; a hub that has stopped to feel pulses would be worse than none."""
@@ -145,10 +168,10 @@ class Hub:
             self._stop.set()
 
     async def _refuse_at_deadline(self) -> None:
-        await asyncio.sleep(self._deadline_s)
+        await self._wait_for_the_missing(self._deadline_s)
         if self._verdict.formed is None and self._verdict.refused is None:
             self._deadline_passed = True
-            missing = [self._describe(rank) for rank in range(self._world_size) if rank not in self._verdict.members]
+            missing = [self._describe(rank) for rank in self._missing]
             strangers = f". Not let in, for want of the job's secret: {self._gate.last_refused}" if self._gate.last_refused else ""
             self._refuse(
                 f"all {self._world_size} ranks must arrive within {self._deadline_s:.0f} s "
@@ -158,12 +181,26 @@ class Hub:
             )
 
     async def _form_after_grace(self) -> None:
-        await asyncio.sleep(self._rules.grace_s)
+        await self._wait_for_the_missing(self._rules.grace_s)
         self._grace_passed = True
         self._form_if_ready()
 
+    @property
+    def _missing(self) -> list[int]:
+        return [rank for rank in range(self._world_size) if rank not in self._verdict.members]
+
+    async def _wait_for_the_missing(self, within_s: float) -> None:
+        """Until all have come, or one of the missing ranks has given no sign for so long, in the meeting before this one either."""
+        began, before = time.monotonic(), self._before
+        while missing := self._missing:
+            signs = [max(began, before.heard_at(rank)) if before is not None else began for rank in missing]
+            left = min(signs) + within_s - time.monotonic()
+            if left <= 0:
+                return
+            await asyncio.sleep(min(left, BEAT_S) if before is not None else left)
+
     async def _serve_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, session: Session) -> None:
-        hello = Hello.from_json(session.open(await asyncio.wait_for(read_line(reader), HANDSHAKE_TIMEOUT_S)))
+        hello = Hello.from_json(session.open(await asyncio.wait_for(read_line(reader), self._deadlines.handshake_s)))
         if not hello.is_signed(self._secret):
             raise ValueError("signed with another secret")
         member = self._admit(hello, writer, session)
@@ -273,18 +310,24 @@ class Hub:
         while line := await read_line(reader):
             message = member.session.open(line)
             if "beat" in message:
-                member.pulse.feel(Beat.from_json(message["beat"]), time.monotonic())
+                self._feel(member, Beat.from_json(message["beat"]))
             elif message.get("done"):
                 self._ended(member)
                 if self._all_done.is_set():
                     for other in self._verdict.members.values():
                         other.send({"end": True})
             elif "broken" in message:
-                self._loop.call_later(SUSPICION_S, self._suspect, member, str(message["broken"]))
+                self._loop.call_later(self._deadlines.suspicion_s, self._suspect, member, str(message["broken"]))
             elif "failed" in message:
                 text = f"{self._name(member)} stopped: {message['failed']}"
                 helps = bool(message.get("restart_helps"))
                 self._lose(member, text, restart_helps=helps, trace=str(message.get("trace") or ""))
+
+    def _feel(self, member: Member, beat: Beat) -> None:
+        now = time.monotonic()
+        member.pulse.feel(beat, now)
+        if not member.pulse.is_stuck(now, stuck_after_s(self._deadlines, beat.longest_step_s)):
+            self._heard[member.hello.rank] = now
 
     def _suspect(self, member: Member, text: str) -> None:
         """An exchange failed a moment ago, and nobody is known to have died: a connection broke."""
@@ -299,7 +342,8 @@ class Hub:
     async def _gone(self, member: Member, was_cut: bool) -> None:
         verdict, rank = self._verdict, member.hello.rank
         if verdict.again is not None:
-            return  # to the next meeting
+            self._heard[rank] = time.monotonic()  # it is on its way to the next meeting, or has died
+            return
         if verdict.waiting.get(rank) is member:
             del verdict.waiting[rank]
             if len(self._who_goes_on({*verdict.members, *verdict.waiting})) <= len(verdict.members):
@@ -342,7 +386,7 @@ class Hub:
             if verdict.formed is None or self._is_over:
                 continue
             pulses = {rank: member.pulse for rank, member in verdict.members.items() if not member.is_done}
-            overdue = find_overdue(pulses, now, self._rules.peer_timeout_s)
+            overdue = find_overdue(pulses, now, self._deadlines)
             if overdue is not None:
                 member = verdict.members[overdue.rank]
                 text = f"{self._name(member)} {overdue.why}"
@@ -351,7 +395,7 @@ class Hub:
                 else:
                     self._lose(member, text, restart_helps=True)
             waiting = {rank: member.pulse for rank, member in verdict.waiting.items()}
-            while (overdue := find_overdue(waiting, now, self._rules.peer_timeout_s)) is not None:  # nobody waits for it
+            while (overdue := find_overdue(waiting, now, self._deadlines)) is not None:  # nobody waits for it
                 del waiting[overdue.rank]
                 verdict.waiting[overdue.rank].writer.transport.abort()
 

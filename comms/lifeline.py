@@ -14,16 +14,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from comms.connections import keep_alive
+from comms.deadlines import DEADLINES, Deadlines
 from comms.handshake import MAX_LINE_BYTES, Reply, Session
-from comms.heartbeat import BEAT_S, Beat, silent_after_s
+from comms.heartbeat import BEAT_S, Beat
 from comms.links import PeerLost
 from comms.roster import Hello
 from comms.secret import Secret
 from user_error import UserError
 
-GREETING_TIMEOUT_S = 10.0
-VERDICT_MARGIN_S = 15.0
-RETRY_S = 0.1
+RETRY_S, LONGEST_RETRY_S = 0.1, 1.0
 BEATS_UNTOLD = 6  # from the end of a connection: the main thread says what it was for, and the hub who has died
 
 
@@ -56,13 +55,13 @@ class Lifeline:
         secret: Secret,
         *,
         deadline_s: float,
-        peer_timeout_s: float | None = None,
+        deadlines: Deadlines = DEADLINES,
         is_known: bool = False,
     ) -> None:
         """is_known: this process has met rank 0 there before, so that a connection which ends means an old meeting that is being closed."""
         self._is_known = is_known
         self._address, self._secret, self._deadline_s = address, secret, deadline_s
-        self._silent_s = silent_after_s(peer_timeout_s)
+        self._silent_s, self._handshake_s = deadlines.silent_s, deadlines.handshake_s
         self._host_said, self._heard_at = "", time.monotonic()
         self._troubled, self._ended, self._all_done = threading.Event(), threading.Event(), threading.Event()
         self._trouble: Trouble | None = None
@@ -88,7 +87,7 @@ class Lifeline:
         answers, the secret is another one, the job was refused, or rank 0 went away; PeerLost after refused_s; KeyboardInterrupt when
         is_asked_to_stop() turns true meanwhile.
         """
-        give_up = time.monotonic() + self._deadline_s
+        give_up, pause_s = time.monotonic() + self._deadline_s, RETRY_S
         while True:
             self._connection = self._connect(give_up, refused_s, is_asked_to_stop)
             try:
@@ -99,8 +98,9 @@ class Lifeline:
                 if again.args[0]:  # rank 0 lives: its time to open the next meeting starts now
                     give_up = time.monotonic() + self._deadline_s
                 elif time.monotonic() > give_up:
-                    raise self._foreign() from again
-                time.sleep(RETRY_S)
+                    raise self._no_answer() from again
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_RETRY_S)  # it may be in the middle of something long
         roster = [Hello.from_json(entry) for entry in formed["roster"]]
         strangers = [entry.in_words for entry in roster if not entry.is_signed(self._secret)]
         if strangers:
@@ -113,12 +113,10 @@ class Lifeline:
         assert self._connection is not None, "connected by join()"
         keep_alive(self._connection)
         self._lines = _Lines(self._connection)
-        self._connection.settimeout(GREETING_TIMEOUT_S)
+        self._connection.settimeout(min(self._handshake_s, self._deadline_s))
         self._session = self._shake_hands(hello.in_words)
-        has_waited = False
         may_retry = self._is_known
-        give_up = time.monotonic() + self._deadline_s + VERDICT_MARGIN_S
-        self._connection.settimeout(max(VERDICT_MARGIN_S, self._silent_s))  # the hub ticks while it waits, too
+        self._connection.settimeout(max(self._handshake_s, self._silent_s))  # the hub ticks while it waits, too
         try:
             self._write(asdict(hello))
             while True:
@@ -128,13 +126,11 @@ class Lifeline:
                 if is_asked_to_stop():
                     raise KeyboardInterrupt
                 if "tick" in said:
-                    if not has_waited and time.monotonic() > give_up:
-                        raise UserError(f"rank 0 at {self._place} lives and came to no verdict; see its output")
                     self._write({"beat": asdict(_IDLE)})
                 elif "again" in said:
                     raise _MeetAgain(True)
                 elif "wait" in said:
-                    has_waited = may_retry = True
+                    may_retry = True
                     on_wait(str(said["wait"]))
                 elif "refused" in said:
                     raise _refused(str(said["refused"]), restart_helps=bool(said.get("restart_helps")))
@@ -162,7 +158,7 @@ class Lifeline:
         except (ConnectionResetError, BrokenPipeError) as error:
             raise _MeetAgain(False) from error
         except (OSError, ValueError) as error:
-            if self._is_known:
+            if self._is_known or isinstance(error, TimeoutError):  # its host may be too busy to answer
                 raise _MeetAgain(False) from error
             raise self._foreign() from error
         if session is None:
@@ -317,6 +313,13 @@ class Lifeline:
     def _send(self, line: bytes) -> None:
         assert self._connection is not None, "join() comes first"
         self._connection.sendall(line)
+
+    def _no_answer(self) -> UserError:
+        """Somebody takes connections there, and no handshake came to its end in time."""
+        if not self._is_known:
+            return self._foreign()
+        text = f"rank 0 at {self._place} takes connections and has not answered for {self._deadline_s:.0f} s"
+        return _refused(f"{text}. Its machine may be suspended or overloaded, or something else listens there now", restart_helps=True)
 
     def _foreign(self) -> UserError:
         return UserError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from comms.deadlines import DEADLINES, Deadlines
 from comms.handshake import Session
 from comms.heartbeat import Beat, Pulse
 from comms.roster import Hello
@@ -21,8 +22,8 @@ class Rules:
     """What a job puts up with. may_meet_again: a broken link, or a lost rank that a supervisor starts again, ends the meeting and not the
     job. who_goes_on: of the ranks that are there, those that make a job by themselves, [] if none do. takes_in: whether ranks that were
     gone without, or started anew, make this job with the others at once; else they wait wherever the others can go on by themselves with
-    the state they hold. dead: ranks known to be lost when the meeting begins; grace_s: after which others that have not come count as lost
-    too."""
+    the state they hold. dead: ranks known to be lost when the meeting begins; grace_s: after which others that have not come, and are not
+    known to be on their way, count as lost too."""
 
     may_meet_again: bool = False
     who_goes_on: Callable[[frozenset[int]], list[int]] = lambda present: []
@@ -30,7 +31,7 @@ class Rules:
     dead: frozenset[int] = frozenset()
     grace_s: float = 0.0
     is_first_meeting: bool = True
-    peer_timeout_s: float | None = None
+    deadlines: Deadlines = DEADLINES
 
 
 @dataclass

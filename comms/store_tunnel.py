@@ -19,12 +19,13 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from comms.connections import of_tcp, own_sockets
-from comms.handshake import HANDSHAKE_TIMEOUT_S, MAX_LINE_BYTES, Reply
+from comms.deadlines import Deadlines
+from comms.handshake import MAX_LINE_BYTES, Reply
 from comms.secret import Secret
+from comms.transport import NO_LIMIT
 
 LOOPBACK = "127.0.0.1"
 PIECE_BYTES = 2**16
-ANSWER_S = 15.0
 
 
 @functools.cache
@@ -38,7 +39,7 @@ def _look_up_once() -> None:
         libc.__res_init()
         # struct __res_state of resolv.h, each thread's own: int retrans, retry; unsigned long options; int nscount; ...
         (ctypes.c_int * 5).from_address(libc.__res_state())[4] = 0
-        _serve(timedelta(seconds=ANSWER_S))
+        _serve(timedelta(seconds=1))
 
     if hasattr(ctypes.CDLL(None), "__res_state"):  # glibc
         thread = threading.Thread(target=make, name="look-up", daemon=True)
@@ -67,7 +68,8 @@ async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, po
 class StoreTunnel:
     """On every rank, from construction to close(): a local port whose connections end in rank 0's store."""
 
-    def __init__(self, door: tuple[str, int], secret: Secret, who: str) -> None:
+    def __init__(self, door: tuple[str, int], secret: Secret, who: str, deadlines: Deadlines) -> None:
+        self.deadlines = deadlines
         self._door, self._secret, self._who = door, secret, who
         self._listener = socket.create_server((LOOPBACK, 0))
         self.port = int(self._listener.getsockname()[1])
@@ -105,7 +107,7 @@ class StoreTunnel:
         try:
             if not _is_of_this_process(writer.get_extra_info("peername")):
                 return
-            far_reader, far_writer = await asyncio.wait_for(self._let_in(), HANDSHAKE_TIMEOUT_S)
+            far_reader, far_writer = await asyncio.wait_for(self._let_in(), self.deadlines.handshake_s)
             await _both_ways(reader, writer, far_reader, far_writer)
         except (OSError, ValueError, asyncio.TimeoutError, asyncio.CancelledError):
             pass  # the client sees its connection end, and its caller asks the lifeline why
@@ -129,10 +131,25 @@ class StoreTunnel:
 
 
 def join_store(tunnel: StoreTunnel) -> dist.TCPStore:
-    """A client of rank 0's store. Raises torch's DistError when it does not answer within ANSWER_S. That is also how long a wait lasts that
-    does not say otherwise, and how long a client tries in vain to reach a tunnel that was closed under it."""
+    """A client of rank 0's store. Raises torch's DistError when it does not answer within deadlines.answer_s: that is how long a client
+    tries in vain to reach a tunnel that was closed under it. What it asks for afterwards it waits for without a limit, until the tunnel
+    is closed."""
     _look_up_once()
-    return dist.TCPStore(LOOPBACK, tunnel.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
+    answer = timedelta(seconds=tunnel.deadlines.answer_s)
+    store = dist.TCPStore(LOOPBACK, tunnel.port, is_master=False, wait_for_workers=False, timeout=answer)
+    store.set_timeout(NO_LIMIT)
+    return store
+
+
+def another_connection(store: dist.Store, deadlines: Deadlines) -> dist.Store:
+    """To the same store, for another thread. Raises torch's DistError as join_store() does."""
+    store.set_timeout(timedelta(seconds=deadlines.answer_s))  # which the copy inherits, for its connection too
+    try:
+        own = store.clone()  # type: ignore[attr-defined]
+    finally:
+        store.set_timeout(NO_LIMIT)
+    own.set_timeout(NO_LIMIT)
+    return own
 
 
 def _is_of_this_process(peer: tuple[str, int]) -> bool:

@@ -103,6 +103,14 @@ def plant(fault: Fault, phase: str, victim: int, stamp: Path) -> Callable[[int],
     return before
 
 
+def both(*befores: Callable[[int], None]) -> Callable[[int], None]:
+    def before(rank: int) -> None:
+        for one in befores:
+            one(rank)
+
+    return before
+
+
 def keep_connections(made: list[Connections]) -> None:
     """So that a fault can break them."""
     create = Connections.__init__

@@ -1,5 +1,6 @@
 """Every mistake a user can make gets one clear message on every rank, a non-zero exit, no hang, no traceback; nothing is overwritten."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from harness import REPOSITORY, Process, free_port, launch, train, train_argv
 from safetensors.torch import load_file, save_file
 
 import dist_clm_train
+from comms.deadlines import DEADLINES
 from comms.interfaces import list_interfaces
 
 
@@ -212,7 +214,8 @@ def foreign_port() -> Iterator[int]:
 def test_a_taken_port_is_named_and_a_foreign_program_is_not_taken_for_rank_0(
     foreign_port: int, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("comms.lifeline.GREETING_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("training.meeting.DEADLINES", dataclasses.replace(DEADLINES, handshake_s=1.0))
+    flags |= {"rendezvous_timeout": 5}
     url = {"dist_url": f"tcp://127.0.0.1:{foreign_port}"}
     texts = ended(two_ranks(flags, tmp_path, rank0=url, rank1=url))
     assert f"port {foreign_port} on 127.0.0.1 is taken" in texts[0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pickle
 import re
@@ -26,6 +27,7 @@ from harness import REPOSITORY, eight_sequences, fork, free_port, launch, log_ro
 
 import comms.connections
 from comms.connections import Connections
+from comms.deadlines import DEADLINES
 from comms.handshake import REFUSAL, Challenge, NotSealed, Reply, Session
 from comms.interfaces import Interface, check_not_public
 from comms.lifeline import NotLetIn
@@ -182,14 +184,14 @@ def test_the_store_is_on_loopback_alone_and_its_way_is_for_those_who_know_the_se
         stranger = RawRank(port, purpose="store", secret=OTHER_SECRET)
         assert stranger.maybe_session is None and b"refused" in stranger.answer and stranger.lines.read() == b""
         stranger.close()
-        tunnel = StoreTunnel((LOOPBACK, port), SECRET, "rank 1")
+        tunnel = StoreTunnel((LOOPBACK, port), SECRET, "rank 1", DEADLINES)
         join_store(tunnel).set("key", "value")
         assert store.get("key") == b"value"
         code = "import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1])), 5); s.settimeout(5); print(s.recv(1))"
         other = subprocess.run([sys.executable, "-S", "-c", code, str(tunnel.port)], capture_output=True, text=True, timeout=20)
         assert other.stdout == "b''\n" or "ConnectionResetError" in other.stderr, "another process may not use it"
         tunnel.close()
-        ignorant = StoreTunnel((LOOPBACK, port), OTHER_SECRET, "rank 1")
+        ignorant = StoreTunnel((LOOPBACK, port), OTHER_SECRET, "rank 1", DEADLINES)
         with socket.create_connection((LOOPBACK, ignorant.port), timeout=10) as client:
             assert client.recv(1) == b""
         ignorant.close()
@@ -254,6 +256,7 @@ def test_a_look_for_lost_connections_stands_no_matter_what_is_made_meanwhile(tmp
             is_looking.wait()
             dist.init_process_group("gloo", store=dist.PrefixStore("g", store), rank=rank, world_size=2)
             dist.barrier()
+        watch(connections, rank, store)
         beating.join()
         assert found == [False] and not connections.has_lost_one()
 
@@ -275,6 +278,39 @@ def both(are: str, store: dist.Store) -> None:
     wait_until(lambda: int(store.get(are)) == 2, 20, [])
 
 
+def watch(connections: Connections, rank: int, store: dist.Store) -> None:
+    """What the ranks do when they have made their groups."""
+    store.set(f"ends/{rank}", json.dumps(connections.ends))
+    connections.watch([json.loads(store.get(f"ends/{1 - rank}"))])
+    assert connections._between_ranks, "gloo's connections are watched"
+
+
+def test_what_a_library_opens_and_closes_while_groups_are_made_is_no_lost_connection(tmp_path: Path) -> None:
+    """To a server of its own, and to one in the process of another rank: neither is recorded at both ends."""
+
+    def work(rank: int, store: dist.Store) -> None:
+        both("connected to the store", store)
+        connections = Connections(of_gloo=True)
+        with socket.create_server((LOOPBACK, 0)) as server:
+            store.set(f"server/{rank}", str(server.getsockname()[1]))
+            port_there = int(store.get(f"server/{1 - rank}"))
+            with connections.recorded():
+                dist.init_process_group("gloo", store=dist.PrefixStore("g", store), rank=rank, world_size=2)
+                opened = [socket.create_connection((LOOPBACK, port)) for port in (server.getsockname()[1], port_there)]
+                opened += [server.accept()[0], server.accept()[0]]
+            watch(connections, rank, store)
+            both("watching", store)
+            for one in opened:
+                one.close()
+            assert not connections.has_lost_one()
+            dist.barrier()
+            assert not connections.has_lost_one()
+        both("checked", store)
+        dist.destroy_process_group()
+
+    run_ranks(work, 2, tmp_path)
+
+
 def test_the_end_of_a_connection_between_ranks_is_noticed_and_that_of_a_strangers_is_not(tmp_path: Path) -> None:
     """Strangers that came while the groups were made: gloo ends the connections of some and holds on to those of others."""
 
@@ -290,6 +326,7 @@ def test_the_end_of_a_connection_between_ranks_is_noticed_and_that_of_a_stranger
                 stranger.connect((LOOPBACK, address[1]))
                 stranger.sendall(said)
             dist.new_group([0, 1])
+        watch(connections, rank, store)
         assert not connections.has_lost_one()
         for stranger, _ in came:
             stranger.close()
@@ -376,6 +413,7 @@ if time.monotonic() - began < 4: print("names are fast here"); sys.exit(3)
 from comms.hub import Hub
 from comms.rendezvous import listen
 from comms.store_tunnel import StoreTunnel, join_store, serve_store
+from comms.deadlines import Deadlines
 from comms.lifeline import Lifeline
 from door_helpers import SECRET, at_once, hello_of, strangers
 began = time.monotonic()
@@ -386,7 +424,7 @@ hub = Hub(listener, secret=SECRET, world_size=2, deadline_s=20, store_port=store
 held = strangers(door, 300)
 began = time.monotonic()
 said = at_once(*(lambda rank=rank: Lifeline(door, SECRET, deadline_s=20).join(hello_of(rank)) for rank in (0, 1)))
-join_store(StoreTunnel(door, SECRET, "rank 1")).set("a", "b")
+join_store(StoreTunnel(door, SECRET, "rank 1", Deadlines())).set("a", "b")
 took_s = served_s + time.monotonic() - began
 print(said, took_s)
 sys.exit(0 if len(held) > 100 and took_s < 2 and store.get("a") == b"b" and all("roster" in s for s in said) else 1)

@@ -273,8 +273,8 @@ def test_a_rank_that_dies_while_it_writes_a_line_does_not_silence_those_forked_l
 
 
 def test_a_save_may_take_longer_than_any_step(flags: dict[str, Any], tmp_path: Path) -> None:
-    """Rank 0 commits slowly; the others wait in a collective and must not take it for lost. (The real limit is six hours.)"""
-    assert job.COLLECTIVE_TIMEOUT.total_seconds() >= 6 * 3600
+    """Rank 0 commits slowly; the others wait in a collective and must not take it for lost."""
+    assert job.COLLECTIVE_TIMEOUT.days >= 30, "the heartbeat decides who is lost, and no time limit of a wait"
 
     def before(rank: int) -> None:
         commit = StepWriter.commit

@@ -1,6 +1,7 @@
 """Whatever comes over the wire is understood or refused: never a crash, a hang or an exception that nobody expects."""
 
 import contextlib
+import dataclasses
 import json
 import socket
 import threading
@@ -13,10 +14,12 @@ from door_helpers import LOOPBACK, SECRET, RawRank, at_once, hello_of, lifeline_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from comms.deadlines import DEADLINES
 from comms.handshake import MAX_LINE_BYTES, Challenge, NotSealed, Reply, Session
 from comms.heartbeat import Beat, Pulse, find_overdue
 from comms.lifeline import Lifeline, Trouble
 from comms.links import PeerLost
+from comms.members import Rules
 from comms.roster import Hello
 from user_error import UserError
 
@@ -123,7 +126,7 @@ def test_a_beat_is_one_or_a_value_error(fields: Any) -> None:
         pulse = Pulse(came_at=0.0, moved_at=0.0)
         pulse.feel(Beat.from_json(fields), 1.0)
         assert isinstance(pulse.last_words(2.0), str)
-        find_overdue({0: pulse}, 3.0, None)
+        find_overdue({0: pulse}, 3.0, DEADLINES)
 
 
 MESSAGES = st.dictionaries(
@@ -138,8 +141,7 @@ MESSAGES = st.dictionaries(
 @given(st.lists(MESSAGES | objects, max_size=4), st.binary(max_size=200))
 def test_a_rank_that_says_anything_ends_the_job_by_its_name_or_not_at_all(messages: list[dict[str, Any]], rest: bytes) -> None:
     """It knows the secret, so it may end the job; but the hub lives on, and the others hear who it was."""
-    with pytest.MonkeyPatch.context() as patch, open_hub() as (_, port):
-        patch.setattr("comms.hub.SUSPICION_S", 0.01)
+    with open_hub(rules=Rules(deadlines=dataclasses.replace(DEADLINES, suspicion_s=0.01))) as (_, port):
         first, odd = RawRank(port), RawRank(port)
         first.say_hello(hello_of(0))
         odd.say_hello(hello_of(1, pid=2**22 + 1))  # a process that is not there
@@ -218,7 +220,7 @@ AFTERWARDS = st.dictionaries(st.sampled_from(["tick", "end", "again", "lost", "t
 def test_a_rank_at_work_whose_hub_says_anything_gets_one_trouble_or_its_end(messages: list[Any]) -> None:
     good = {"roster": [asdict(hello_of(rank).signed(SECRET)) for rank in (0, 1)], "host_comes_back": False, "meeting": "first"}
     hub = OddHub([{"formed": good}, *messages])
-    lifeline = Lifeline((LOOPBACK, hub.port), SECRET, deadline_s=5.0, peer_timeout_s=1.0)
+    lifeline = Lifeline((LOOPBACK, hub.port), SECRET, deadline_s=5.0, deadlines=DEADLINES.for_peer_timeout(1.0))
     assert lifeline.join(hello_of(1)) == good
     troubles: list[Trouble] = []
     lifeline.watch(troubles.append, lambda: Beat(**BEAT), host_returns=False, host_lives=lambda was_cut: False)

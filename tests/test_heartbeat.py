@@ -2,10 +2,12 @@
 
 import pytest
 
-from comms.heartbeat import BEAT_S, FIRST_STEP_S, SILENT_S, STEPS_WITHOUT_PROGRESS, STUCK_S, WAKING_S, Beat, Pulse, Standstill, find_overdue
+from comms.deadlines import DEADLINES
+from comms.heartbeat import BEAT_S, STEPS_WITHOUT_PROGRESS, WAKING_S, Beat, Pulse, Standstill, find_overdue
 from comms.spans import Spans
 
-NOW = 10_000.0
+NOW = 100_000.0
+SILENT_S, STUCK_S, FIRST_STEP_S = DEADLINES.silent_s, DEADLINES.step_s, DEADLINES.first_step_s
 
 
 def pulse(*, still_s: float, silent_s: float = 0.0, in_step: bool = True, waits: bool = False, longest_step_s: float = 1.0) -> Pulse:
@@ -15,7 +17,7 @@ def pulse(*, still_s: float, silent_s: float = 0.0, in_step: bool = True, waits:
 
 
 def lost(*pulses: Pulse, peer_timeout_s: float | None = None) -> int | None:
-    found = find_overdue(dict(enumerate(pulses)), NOW, peer_timeout_s)
+    found = find_overdue(dict(enumerate(pulses)), NOW, DEADLINES.for_peer_timeout(peer_timeout_s))
     return None if found is None else found.rank
 
 
@@ -32,10 +34,19 @@ def test_who_works_and_does_not_get_on_is_lost_and_not_those_who_wait_for_it() -
     assert lost(waiting, pulse(still_s=STUCK_S + 1)) == 1
     assert lost(waiting, pulse(still_s=STUCK_S + 1, in_step=False)) is None, "a save takes as long as it takes"
     all_waiting = {0: waiting, 1: pulse(still_s=STUCK_S + 1, waits=True)}
-    found = find_overdue(all_waiting, NOW, None)
+    found = find_overdue(all_waiting, NOW, DEADLINES)
     assert found is not None and found.rank == 0 and found.all_wait, "for each other, or for nothing"
-    found = find_overdue({0: waiting, 1: pulse(still_s=STUCK_S + 1)}, NOW, None)
+    found = find_overdue({0: waiting, 1: pulse(still_s=STUCK_S + 1)}, NOW, DEADLINES)
     assert found is not None and not found.all_wait
+
+
+def test_outside_of_steps_ranks_are_lost_where_none_of_them_gets_on_for_hours() -> None:
+    long = DEADLINES.outside_s + 100
+    saving, gone_on = pulse(still_s=long, in_step=False), pulse(still_s=10, in_step=False)
+    assert lost(saving, gone_on) is None, "one that waits for another that gets on is not to blame"
+    assert lost(saving, pulse(still_s=DEADLINES.outside_s - 1, in_step=False)) is None
+    assert lost(saving, pulse(still_s=long + 5, in_step=False)) == 1, "the one that has not got on for longest"
+    assert lost(saving, pulse(still_s=long + 5, waits=True)) == 0, "one that waits inside a step waits for somebody"
 
 
 def test_the_limit_follows_the_longest_step() -> None:

@@ -145,9 +145,8 @@ def test_every_file_says_why_it_exists_and_public_things_have_contracts() -> Non
                 assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
-def test_files_stay_under_400_lines_and_functions_under_a_screen() -> None:
+def test_functions_stay_under_a_screen() -> None:
     for path, tree in trees(house()):
-        assert len(path.read_text().splitlines()) < 400, path
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None and node.end_lineno - node.lineno < 70, f"{path}: {node.name} is longer than a screen"

@@ -3,12 +3,14 @@ that say what a test likes; whole jobs: test_coming_back.py."""
 
 import time
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 from door_helpers import RawRank, hello_of, open_hub
 
-from comms.heartbeat import BEAT_S
+from comms.deadlines import DEADLINES
+from comms.heartbeat import BEAT_S, Beat
 from comms.members import Rules
 from comms.place import whole_replicas
 
@@ -41,7 +43,8 @@ def roster_of(said: dict[str, Any]) -> list[int]:
 
 
 def beat(one: RawRank) -> None:
-    one.say({"beat": {"doing": "a test", "for_s": 0.0, "moves": 1, "is_in_step": False, "waits": False, "longest_step_s": 0.0}})
+    said = Beat(doing="a test", for_s=0.0, moves=1, is_in_step=False, waits=False, longest_step_s=0.0)
+    one.say({"beat": asdict(said)})
 
 
 def test_a_rank_taken_twice_while_it_waits_to_be_taken_back_is_named() -> None:
@@ -76,7 +79,7 @@ def test_a_rank_of_another_job_is_turned_away_alone_and_the_seat_stays_free() ->
 
 
 def test_who_falls_silent_while_it_waits_does_not_count_as_back() -> None:
-    with open_hub(WORLD, rules=rules(dead=frozenset({2, 3}), peer_timeout_s=4 * BEAT_S)) as (hub, port):
+    with open_hub(WORLD, rules=rules(dead=frozenset({2, 3}), deadlines=DEADLINES.for_peer_timeout(4 * BEAT_S))) as (hub, port):
         members = [join(port, rank) for rank in (0, 1)]
         waiting = [join(port, rank) for rank in (2, 3)]
         assert roster_of(members[0].hear()) == [0, 1]

@@ -291,7 +291,7 @@ def test_a_wait_that_begins_after_the_trouble_is_ended_too(tmp_path: Path) -> No
             work = dist.irecv(torch.zeros(10), src=1)
             facts, trouble = cast(LocalFacts, None), Trouble(text="a link broke", meets_again=True)
             break_off_waits()
-            watcher = threading.Thread(target=see_it_leave, args=(facts, spans, trouble, has_left))
+            watcher = threading.Thread(target=see_it_leave, args=(facts, spans, trouble, has_left, 20.0))
             watcher.start()
             with pytest.raises(RuntimeError, match="broken off"):
                 wait_for(work)

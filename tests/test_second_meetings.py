@@ -1,5 +1,6 @@
 """Faults while the ranks are meeting, meeting again, or have only just met; several at once; and in every mode of training."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_helpers import Fault, all_end, fire, keep_connections, plant, said, stop, wait_until
+from fault_helpers import Fault, all_end, both, fire, keep_connections, plant, said, stop, wait_until
 from harness import Process, equal_files, launch, log_rows, losses, train_argv
 from test_coming_back import check_bits, flags, num_rows, supervised, undisturbed
 
@@ -22,14 +23,6 @@ from training.saving import Best
 from training.validation import Evaluation
 
 __all__ = ["flags"]
-
-
-def both(*befores: Callable[[int], None]) -> Callable[[int], None]:
-    def before(rank: int) -> None:
-        for one in befores:
-            one(rank)
-
-    return before
 
 
 def again(flags: dict[str, Any], tmp_path: Path, *victims: int, attempt: int = 1) -> list[Process]:
@@ -64,7 +57,7 @@ def test_a_rank_that_dies_while_groups_are_made_is_waited_for(victim: int, flags
     stamp = tmp_path / "fired"
 
     def short(rank: int) -> None:
-        meeting.CONNECT_S = 3.0
+        meeting.DEADLINES = dataclasses.replace(meeting.DEADLINES, connect_s=3.0)
 
     fault = in_call(meeting, "make_groups", 1, victim, Fault.KILL, stamp)
     ranks = launch(lambda rank: train_argv(**flags, rank=rank), 4, tmp_path / "ranks", both(supervised(0), short, fault))

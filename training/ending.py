@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+import time
 
 from comms.lifeline import Trouble
 from comms.spans import Spans
@@ -14,18 +15,18 @@ from training.local_facts import LocalFacts
 log = logging.getLogger("trainer")
 
 LAST_WORDS_S = 3.0
-LEAVES_S = 25.0  # a wait that nothing ends
 LOOKS_S = 1.0
 
 
-def see_it_leave(facts: LocalFacts, spans: Spans, trouble: Trouble, has_left: threading.Event) -> None:
+def see_it_leave(facts: LocalFacts, spans: Spans, trouble: Trouble, has_left: threading.Event, waits_s: float) -> None:
     """After ``trouble``, until the main thread ``has_left`` the meeting: end its waits, those that it begins only now too, and the process
-    where it waits on and on. All connections have been shut down; gloo forgets to tell those who are in the middle of a message. A thread
-    that works is let finish."""
+    where it has been in one for ``waits_s`` seconds since. All connections have been shut down; gloo forgets to tell those who are in the
+    middle of a message. A thread that works is let finish."""
+    began = time.monotonic()
     while not has_left.wait(LOOKS_S):
         break_off_waits()
         beat = spans.beat
-        if beat.waits and beat.for_s > LEAVES_S:
+        if beat.waits and min(beat.for_s, time.monotonic() - began) > waits_s:
             text = f"{trouble.text.rstrip('.')}. All ranks meet again, and {facts.place.in_words} does not come out of a wait: {beat.doing}"
             end_process(facts, spans, Trouble(text=text))
 

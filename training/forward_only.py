@@ -55,6 +55,7 @@ def make_decoder(job: Job, stage: Stage, batch_size: int) -> Decoder:
     under way at once."""
     with job.connections.recorded():
         closing_group = make_closing_group(job.place, job.groups, job.backend, COLLECTIVE_TIMEOUT, job.connect_timeout)
+    job.watch_connections()
     return Decoder(
         place=job.place,
         groups=job.groups,

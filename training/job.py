@@ -10,10 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from comms.connections import Connections
+from comms.deadlines import DEADLINES, Deadlines
 from comms.groups import Groups
 from comms.lifeline import Lifeline
 from comms.links import naming_the_peer
-from comms.place import place_of
+from comms.place import Place, place_of
 from comms.spans import Spans
 from comms.transport import NO_LIMIT, wait_for
 from training.local_facts import LocalFacts
@@ -27,7 +28,8 @@ class Job(LocalFacts):
 
     store: shared by all ranks, empty at the start of each meeting; roster: what each rank said of itself, by rank of this meeting;
     num_replicas: that the job was started with; num_threads: what torch computes with here; number: how many meetings this process has
-    had before; meeting: the name of this one, alike on all ranks; connect_timeout: for the making of groups, None: that of collectives."""
+    had before; meeting: the name of this one, alike on all ranks; connect_timeout: for the making of groups, None: that of collectives;
+    deadlines: how long a rank waits for others before that counts as a failure."""
 
     store: dist.Store
     groups: Groups
@@ -40,6 +42,7 @@ class Job(LocalFacts):
     number: int = 0
     meeting: str = ""
     connect_timeout: timedelta | None = None
+    deadlines: Deadlines = DEADLINES
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -57,6 +60,11 @@ class Job(LocalFacts):
         """Whether all replicas are here."""
         return self.place.dp_size == self.num_replicas
 
+    def watch_connections(self) -> None:
+        """Collective over all ranks, whenever groups have been made: find out which connections are between ranks, and look after them."""
+        said = all_say(self, self.store, f"connections/{self.connections.num_recorded}", self.connections.ends)
+        self.connections.watch(ends for rank, ends in enumerate(said) if rank != self.place.rank)
+
     def wait_for_all(self) -> None:
         """Collective over all ranks: returns when all have called it, so that nobody's end is taken for a loss."""
         with self.spans.span("waiting for the other ranks"), naming_the_peer("waiting for the other ranks"):
@@ -69,8 +77,13 @@ class MeetAgain(Exception):
 
 def all_say(job: Job, store: dist.Store, what: str, mine: Any) -> list[Any]:
     """Called by all ranks, once for each ``what`` in ``store``: everybody's ``mine`` (JSON), by rank. Raises PeerLost."""
-    keys = [f"{what}/{rank}" for rank in range(job.place.world_size)]
+    return exchange(job.place, store, what, mine)
+
+
+def exchange(place: Place, store: dist.Store, what: str, mine: Any) -> list[Any]:
+    """As all_say(), for ranks whose job has not formed yet."""
+    keys = [f"{what}/{rank}" for rank in range(place.world_size)]
     with naming_the_peer("asking the store of rank 0"):  # torch's error says nothing about whose store it was
-        store.set(keys[job.place.rank], json.dumps(mine))
+        store.set(keys[place.rank], json.dumps(mine))
         store.wait(keys, COLLECTIVE_TIMEOUT)
         return [json.loads(store.get(key)) for key in keys]

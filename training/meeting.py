@@ -20,8 +20,8 @@ from typing import Any
 import torch.distributed as dist
 
 from comms.connections import Connections
+from comms.deadlines import DEADLINES, Deadlines
 from comms.groups import join_process_group, make_groups
-from comms.heartbeat import silent_after_s
 from comms.hub import Hub, Rules
 from comms.interfaces import Unreachable
 from comms.lifeline import Lifeline, Trouble
@@ -37,7 +37,7 @@ from comms.transport import break_off_waits
 from training.allocator import keep_freed_memory
 from training.config import Config
 from training.ending import end_process, see_it_leave
-from training.job import COLLECTIVE_TIMEOUT, Job, MeetAgain
+from training.job import COLLECTIVE_TIMEOUT, Job, MeetAgain, exchange
 from training.limits import explain_out_of_memory
 from training.local_facts import LocalFacts, look_around
 from training.progress_display import say_who_is_missing, show_progress
@@ -47,11 +47,8 @@ from user_error import UserError
 
 log = logging.getLogger("trainer")
 
-CAUSE_WAIT_S = 5.0  # for what has happened to others, where this rank failed
+# for others to hear why this process ends, which it does in any case
 TELL_LOSS_S = 2.0
-REFUSED_S = 3.0  # rank 0 opens the next door in a moment
-MIN_LINK_BACK_S = 30.0  # for ranks to come to a second meeting
-CONNECT_S = 20.0  # for one rank to call another, where both are about to: a loss meanwhile cannot wake the one that waits
 TELL_INTERRUPTED_S = 3.0
 DOOR_AGAIN_S = 1.0
 
@@ -96,8 +93,10 @@ class Meetings:
         goes_on: bool,
         returns: Return | None = None,
         is_asked_to_stop: Callable[[], bool] = lambda: False,
+        deadlines: Deadlines | None = None,
     ) -> None:
         """is_asked_to_stop: while ranks wait for each other; KeyboardInterrupt is raised then."""
+        self._deadlines = (deadlines or DEADLINES).for_peer_timeout(config.peer_timeout_s)
         self._config, self._returns, self._is_asked_to_stop = config, returns or Return(), is_asked_to_stop
         self._wants_to_go_on = goes_on and config.world_size != 1
         self.spans = Spans()
@@ -109,6 +108,9 @@ class Meetings:
         self._has_left = threading.Event()  # the main thread, a meeting that has broken off
         self._takes_in = False  # the next one: all ranks have agreed on it
         self._number, self._meeting = 0, ""
+        self._left: Lifeline | None = None  # of the meeting before, over which this rank beats until it comes to the next one
+        self._hub_before: Hub | None = None  # on rank 0: which hears those who have not left that meeting
+        self.num_fruitless = 0  # meetings in a row that came to nothing
         self._refused_s = math.inf
         self._deadline_s = config.rendezvous_timeout  # of the next meeting
         self.replica_is_back: Callable[[], bool] = lambda: False  # on rank 0: whether one is waiting to be taken back
@@ -125,7 +127,7 @@ class Meetings:
         facts, host, lifeline = arrived.facts, arrived.host, arrived.lifeline
         assert self._secret is not None, "found on arrival"
         connections = Connections(of_gloo=facts.backend == "gloo")
-        tunnel = StoreTunnel(arrived.address, self._secret, arrived.hello.in_words)
+        tunnel = StoreTunnel(arrived.address, self._secret, arrived.hello.in_words, self._deadlines)
 
         def on_trouble(trouble: Trouble) -> None:
             if not (trouble.meets_again and self._goes_on):
@@ -135,7 +137,8 @@ class Meetings:
             break_off_waits()
             tunnel.close()
             self._has_left.clear()
-            threading.Thread(target=see_it_leave, args=(facts, self.spans, trouble, self._has_left), name="leaving", daemon=True).start()
+            leaving = (facts, self.spans, trouble, self._has_left, self._deadlines.waits_s)
+            threading.Thread(target=see_it_leave, args=leaving, name="leaving", daemon=True).start()
 
         def host_lives(was_cut: bool) -> bool:
             entry = arrived.formed["roster"][0]
@@ -190,7 +193,7 @@ class Meetings:
         door = host.door if host is not None else find_door(config.door, timeout)
         address = (door.host, door.port)
         is_known = self._number + self._returns.attempt > 0
-        lifeline = Lifeline(address, self._secret, deadline_s=self._deadline_s, peer_timeout_s=config.peer_timeout_s, is_known=is_known)
+        lifeline = Lifeline(address, self._secret, deadline_s=self._deadline_s, deadlines=self._deadlines, is_known=is_known)
         hello = make_hello(
             config,
             facts,
@@ -199,6 +202,7 @@ class Meetings:
             attempt=self._returns.attempt,
             meeting=self._meeting if self.holds_state() else "",
         )
+        self._leave_the_one_before()
         try:
             with say_who_is_missing(None if host is None else lambda: host.hub.lost, facts.place):
                 formed = lifeline.join(
@@ -216,12 +220,22 @@ class Meetings:
                 host.hub.close()
             tell_others(config, UserError("it was interrupted, and the job with it"), TELL_INTERRUPTED_S)
             raise KeyboardInterrupt from error
+        if self._hub_before is not None:
+            self._hub_before.close()
+            self._hub_before = None
         return _Arrival(facts=facts, host=host, address=address, lifeline=lifeline, hello=hello, formed=formed)
+
+    def _leave_the_one_before(self) -> None:
+        """Only now: until here its beats have said that this rank lives, whatever it had to bring to an end first."""
+        if self._left is not None:
+            self._left.leave()
+            self._left = None
 
     def _ends_waiting(self) -> Callable[[], bool]:
         """Whether to come to no meeting any more. A request to stop that came before is heard behind the next step, which saves what this
         rank holds; one that comes while it waits for others ends that at once."""
-        came_before, give_up = self._is_asked_to_stop() and self.holds_state(), time.monotonic() + self._link_back_s
+        came_before = self._is_asked_to_stop() and self.holds_state()
+        give_up = time.monotonic() + self._deadlines.link_back_s
         return lambda: self._is_asked_to_stop() and not (came_before and time.monotonic() < give_up)
 
     def _open_door_in_time(self, facts: LocalFacts, timeout: timedelta) -> _Host:
@@ -240,9 +254,9 @@ class Meetings:
         """What the next meeting is given, if there is one; whether to wait for rank 0 to open it where that is lost."""
         config = self._config
         host_returns = self._goes_on and bool(formed["host_comes_back"])
-        self._refused_s = math.inf if host_returns else REFUSED_S
+        self._refused_s = math.inf if host_returns else self._deadlines.refused_s
         if not any(entry["comes_back"] for entry in formed["roster"]) and not config.allow_replica_loss:
-            self._deadline_s = min(config.rendezvous_timeout, self._link_back_s)  # nobody will be started anew
+            self._deadline_s = min(config.rendezvous_timeout, self._deadlines.link_back_s)  # nobody will be started anew
         return host_returns
 
     def _part_in_trouble(self, error: BaseException, lifeline: Lifeline, host: _Host | None) -> None:
@@ -253,21 +267,22 @@ class Meetings:
                 host.hub.meet_again(str(error))
             trouble = lifeline.trouble(COLLECTIVE_TIMEOUT.total_seconds())
         elif not isinstance(error, UserError):
-            wait_s = CAUSE_WAIT_S if isinstance(error, (PeerLost, RuntimeError)) else 0.0
+            wait_s = self._deadlines.cause_s if isinstance(error, (PeerLost, RuntimeError)) else 0.0
             if isinstance(error, (PeerLost, dist.DistError)):
-                wait_s += silent_after_s(self._config.peer_timeout_s)  # rank 0 answers, or is given up
+                wait_s += 2 * self._deadlines.silent_s  # rank 0 answers, or is given up
                 if lifeline.trouble(0.0) is None:  # nobody is known to be gone
                     lifeline.report_broken(_reason(error))
             trouble = lifeline.trouble(wait_s)
         if trouble is not None and trouble.meets_again and self._goes_on and not isinstance(error, KeyboardInterrupt):
-            lifeline.leave()
+            self._left = lifeline
             self._has_left.set()
+            self.spans.enter_phase("coming to the next meeting")
             self._takes_in = isinstance(error, MeetAgain)
             if not isinstance(error, (MeetAgain, PeerLost, dist.DistError)):
                 log.warning("%s", f"{_reason(error)}, while this meeting ended")
             if host is not None:
                 self._dead = host.hub.lost
-                host.hub.close()
+                self._hub_before = host.hub
             _leave_groups()
             raise MeetAgain(trouble.text) from error
         trace = "" if isinstance(error, (UserError, PeerLost)) else "".join(traceback.format_exception(error))
@@ -288,6 +303,8 @@ class Meetings:
         door = self._config.door
         assert self._secret is not None, "found before"
         address = facts.interface.address if door.agent_prefix else check_door_is_here(door, facts.interface)
+        if self._hub_before is not None:
+            self._hub_before.retire()
         listener = listen(address, self._port if door.agent_prefix else door.port)
         self._port = listener.getsockname()[1]
         store = serve_store(timeout)
@@ -299,6 +316,7 @@ class Meetings:
             store_port=store.port,
             describe=lambda rank: facts.place.at(rank).in_words,
             rules=self._rules(facts),
+            before=self._hub_before,
         )
         if door.agent_prefix and self._number == 0:
             try:
@@ -308,11 +326,6 @@ class Meetings:
                     f"rank 0 must reach torchrun's store at {door}; it cannot ({error}). Start the job through torchrun again"
                 ) from error
         return _Host(door=Door(host=address, port=self._port), hub=hub, store=store)
-
-    @property
-    def _link_back_s(self) -> float:
-        """For ranks that live to come to another meeting."""
-        return max(MIN_LINK_BACK_S, silent_after_s(self._config.peer_timeout_s))
 
     def _rules(self, facts: LocalFacts) -> Rules:
         config, place = self._config, facts.place
@@ -325,9 +338,9 @@ class Meetings:
             who_goes_on=who_goes_on,
             takes_in=self._takes_in,
             dead=self._dead,
-            grace_s=self._link_back_s if self._number else 0.0,
+            grace_s=self._deadlines.link_back_s if self._number else 0.0,
             is_first_meeting=self._number == 0,
-            peer_timeout_s=config.peer_timeout_s,
+            deadlines=self._deadlines,
         )
 
     def _form(
@@ -344,7 +357,9 @@ class Meetings:
             "time. Let any firewall between the hosts pass all ports of that interface"
         )
         trouble = Trouble(text=text, restart_helps=number + self._returns.attempt > 0)  # they have been made before
-        connect_timeout = timedelta(seconds=max(CONNECT_S, silent_after_s(config.peer_timeout_s))) if self._goes_on else None
+        connect_s = self._deadlines.connect_s * 2 ** max(0, self.num_fruitless - 1)
+        connect_timeout = timedelta(seconds=connect_s) if self._goes_on else None
+        exchange(place, dist.PrefixStore("form", store), "here", True)  # what follows is short for all of them, once all are here
         too_late = threading.Timer(config.rendezvous_timeout, end_process, [facts, self.spans, trouble])
         too_late.daemon = True
         too_late.start()
@@ -357,7 +372,7 @@ class Meetings:
         finally:
             too_late.cancel()
         own = {name: getattr(facts, name) for name in LocalFacts.__dataclass_fields__}
-        return Job(
+        job = Job(
             **{**own, "place": place},
             store=dist.PrefixStore("job", store),
             groups=groups,
@@ -370,7 +385,10 @@ class Meetings:
             number=number,
             meeting=formed["meeting"],
             connect_timeout=connect_timeout,
+            deadlines=self._deadlines,
         )
+        job.watch_connections()
+        return job
 
 
 def _leave_groups() -> None:

@@ -71,6 +71,7 @@ class Rounds:
         """Train to the end. Raises UserError, PeerLost."""
         with contextlib.closing(self):
             while True:
+                self._meetings.num_fruitless = self._num_replays
                 try:
                     with self._meetings.meet() as job:
                         self._one_meeting(job)
