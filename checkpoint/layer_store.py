@@ -44,7 +44,12 @@ from modules.stage import layer_key
 from user_error import UserError
 
 REMOVED = ".removed"
-VISIBLE_WITHIN_S = 10.0  # network filesystems show another host's files with a delay
+Progress = Callable[[int], object]  # hears of bytes
+VISIBLE_WITHIN_S = 90.0  # NFS shows another host's files after a minute at most (acdirmax); only one that is missing is waited for
+
+
+def unheard(num_bytes: int) -> None:
+    """Where nobody wants to know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +80,18 @@ class StepWriter:
             _remove(self.partial)
             (self.partial / TRAIN_STATE).mkdir(parents=True)
 
-    def write_layer(self, key: str, weights: Mapping[str, Tensor | Composed], dtypes: Mapping[str, torch.dtype]) -> FileRecord:
-        """A writer: the weights of one layer, each as the dtype that the model folder gave it. Values are copied before this returns."""
+    def write_layer(
+        self, key: str, weights: Mapping[str, Tensor | Composed], dtypes: Mapping[str, torch.dtype], progress: Progress = unheard
+    ) -> FileRecord:
+        """A writer: the weights of one layer, each as the dtype that the model folder gave it. Values are copied before this returns.
+        ``progress`` hears the bytes just written."""
         assert all(layer_key(name) == key for name in weights), f"these weights do not all belong to {key}: {sorted(weights)}"
-        return self._write(file_of_layer(key), [TensorSource.of(name, tensor, dtypes[name]) for name, tensor in weights.items()])
+        return self._write(file_of_layer(key), [TensorSource.of(name, tensor, dtypes[name]) for name, tensor in weights.items()], progress)
 
-    def write_train_state(self, key: str, tensors: Mapping[str, Tensor | Composed]) -> FileRecord:
-        """A writer: what pack_train_state made of one layer."""
-        return self._write(f"{TRAIN_STATE}/{file_of_layer(key)}", [TensorSource.of(name, tensor) for name, tensor in tensors.items()])
+    def write_train_state(self, key: str, tensors: Mapping[str, Tensor | Composed], progress: Progress = unheard) -> FileRecord:
+        """A writer: what pack_train_state made of one layer. progress: as above."""
+        sources = [TensorSource.of(name, tensor) for name, tensor in tensors.items()]
+        return self._write(f"{TRAIN_STATE}/{file_of_layer(key)}", sources, progress)
 
     def write_companions(self, contents: Mapping[str, bytes]) -> list[FileRecord]:
         """The keeper: configuration and tokenizer, the same bytes in every folder. See ``read_companions``."""
@@ -149,11 +158,11 @@ class StepWriter:
         if not self._is_committed:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _write(self, name: str, sources: Sequence[TensorSource]) -> FileRecord:
+    def _write(self, name: str, sources: Sequence[TensorSource], progress: Progress) -> FileRecord:
         with explained_disk_errors(self.partial / name):
             if not _seen_within(VISIBLE_WITHIN_S, (self.partial / name).parent.is_dir):
                 raise UserError(f"this host no longer sees {self.partial}, which another one has made. Look at the filesystem under it")
-            return write_tensor_file(self.partial / name, sources, relative_to=self.partial)
+            return write_tensor_file(self.partial / name, sources, relative_to=self.partial, progress=progress)
 
     def _check_visible(self, records: Sequence[FileRecord], within_s: float) -> None:
         def unseen() -> list[str]:

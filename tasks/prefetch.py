@@ -65,8 +65,9 @@ class StepReader:
             self._changed.notify_all()
         return replace(step, data_wait_s=time.perf_counter() - start)
 
-    def close(self, timeout_s: float = _CLOSE_WAIT_S) -> None:
-        """Stops the thread. Returns at once, or after the sequence being tokenised; after ``timeout_s`` seconds in any case."""
+    def close(self, timeout_s: float | None = _CLOSE_WAIT_S) -> None:
+        """Stops the thread. Returns at once, or after the sequence being tokenised; after ``timeout_s`` seconds in any case, unless that
+        is None: the mixture is then the caller's again."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -22,7 +22,7 @@ from user_error import UserError
 
 TOKEN_PREFIX = ".seen-by."
 COLLECTED_PREFIX = ".collected."
-SEEN_WITHIN_S = 2.0  # network filesystems show another host's new file with a delay
+SEEN_WITHIN_S = 2.0  # for what another host left to be seen, once a change of this rank's own has made the filesystem look anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,9 @@ def find_folders(job: Job, root: Path, *, label: str = "folders") -> Folders:
         hosts = [entry["host_id"] for entry in job.roster]
         deadline = time.monotonic() + SEEN_WITHIN_S
         while True:
+            with contextlib.suppress(OSError):  # NFS keeps for up to a minute what a folder holds, unless this host has changed it
+                (look := root / f"{TOKEN_PREFIX}{token}.{place.rank}.look").touch()
+                look.unlink()
             seen = [rank for rank, path in enumerate(paths) if path.exists()]
             others_unseen = any(hosts[rank] != hosts[place.rank] for rank in set(range(place.world_size)) - set(seen))
             if not others_unseen or time.monotonic() > deadline:
