@@ -117,6 +117,11 @@ class Hub:
         has left this meeting. -inf for one that has never been here. Any thread may ask."""
         return self._heard.get(rank, -math.inf)
 
+    def last_words(self, rank: int) -> str:
+        """Such as `` (last heard of 31.2 s ago, for 310.0 s in step 12, forward of micro-batch 3)`` of a rank of this meeting. Any thread."""
+        member = self._verdict.members.get(rank)
+        return "" if member is None else f" ({member.pulse.last_words(time.monotonic())})"
+
     def retire(self) -> None:
         """Where all are to meet again: give the port free for the next hub, and go on listening to those who have not left."""
         with contextlib.suppress(RuntimeError):  # it is closed
@@ -171,7 +176,8 @@ class Hub:
         await self._wait_for_the_missing(self._deadline_s)
         if self._verdict.formed is None and self._verdict.refused is None:
             self._deadline_passed = True
-            missing = [self._describe(rank) for rank in self._missing]
+            last_words = self._before.last_words if self._before is not None else lambda rank: ""
+            missing = [f"{self._describe(rank)}{last_words(rank)}" for rank in self._missing]
             strangers = f". Not let in, for want of the job's secret: {self._gate.last_refused}" if self._gate.last_refused else ""
             self._refuse(
                 f"all {self._world_size} ranks must arrive within {self._deadline_s:.0f} s "
@@ -326,7 +332,8 @@ class Hub:
     def _feel(self, member: Member, beat: Beat) -> None:
         now = time.monotonic()
         member.pulse.feel(beat, now)
-        if not member.pulse.is_stuck(now, stuck_after_s(self._deadlines, beat.longest_step_s)):
+        limit = stuck_after_s(self._deadlines, beat.longest_step_s) if beat.is_in_step else self._deadlines.outside_s
+        if not member.pulse.is_stuck(now, limit):
             self._heard[member.hello.rank] = now
 
     def _suspect(self, member: Member, text: str) -> None:

@@ -31,10 +31,15 @@ def hello_of(rank: int, world_size: int = 2, **fields: Any) -> Hello:
 
 @contextlib.contextmanager
 def open_hub(
-    world_size: int = 2, deadline_s: float = 20.0, store_port: int | None = None, rules: Rules | None = None
+    world_size: int = 2,
+    deadline_s: float = 20.0,
+    store_port: int | None = None,
+    rules: Rules | None = None,
+    port: int = 0,
+    before: Hub | None = None,
 ) -> Iterator[tuple[Hub, int]]:
-    """A hub, and the port of its door."""
-    listener = listen(LOOPBACK, 0)
+    """A hub, and the port of its door (0: a free one)."""
+    listener = listen(LOOPBACK, port)
     port = int(listener.getsockname()[1])
     hub = Hub(
         listener,
@@ -44,6 +49,7 @@ def open_hub(
         store_port=store_port,
         describe=lambda rank: f"rank {rank}",
         rules=rules,
+        before=before,
     )
     try:
         yield hub, port

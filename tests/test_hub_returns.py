@@ -1,6 +1,7 @@
 """Who comes to the hub while a job is running, or meets again: who is taken in, who waits, who is refused. Ranks here are connections
 that say what a test likes; whole jobs: test_coming_back.py."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -42,8 +43,10 @@ def roster_of(said: dict[str, Any]) -> list[int]:
     return [entry["rank"] for entry in said["formed"]["roster"]]
 
 
-def beat(one: RawRank) -> None:
-    said = Beat(doing="a test", for_s=0.0, moves=1, is_in_step=False, waits=False, longest_step_s=0.0)
+def beat(one: RawRank, for_s: float = 0.0, moves: int | None = None) -> None:
+    """moves: None: it gets on."""
+    moves = time.monotonic_ns() if moves is None else moves
+    said = Beat(doing="a test", for_s=for_s, moves=moves, is_in_step=True, waits=False, longest_step_s=0.1)
     one.say({"beat": asdict(said)})
 
 
@@ -85,17 +88,48 @@ def test_who_falls_silent_while_it_waits_does_not_count_as_back() -> None:
         assert roster_of(members[0].hear()) == [0, 1]
         wait_until(lambda: hub.replica_is_back, 5)
 
-        def lost() -> bool:
-            for one in (*members, waiting[0]):  # rank 3 says nothing
+        def is_back(*more: RawRank) -> bool:
+            for one in (*members, waiting[0], *more):  # rank 3 says nothing
                 beat(one)
-            return not hub.replica_is_back
+            return hub.replica_is_back
 
-        wait_until(lost, 10 * BEAT_S)
+        wait_until(lambda: not is_back(), 10 * BEAT_S)
         another = join(port, 3, pid=7)
         assert "wait" in another.hear(), "its place is free again"
-        wait_until(lambda: hub.replica_is_back, 5)
+        wait_until(lambda: is_back(another), 5)
         for one in (*members, *waiting, another):
             one.close()
+
+
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_a_rank_that_has_not_left_the_meeting_before_is_waited_for_while_it_beats_and_gets_on(gets_on: bool) -> None:
+    """It is in the middle of a long computation. The limits: a second to come, and five seconds without progress."""
+    deadlines = dataclasses.replace(DEADLINES, step_s=5.0)
+    again = Rules(may_meet_again=True, is_first_meeting=False, deadlines=deadlines)
+    with open_hub(2, rules=Rules(may_meet_again=True, deadlines=deadlines)) as (first, port):
+        host, busy = RawRank(port), RawRank(port)
+        for rank, one in enumerate((host, busy)):
+            one.say_hello(hello_of(rank))
+        assert "formed" in host.hear() and "formed" in busy.hear()
+        first.meet_again("a link broke")
+        assert "again" in host.hear() and "again" in busy.hear()
+        first.retire()
+        with open_hub(2, deadline_s=1.0, rules=again, port=port, before=first) as (_, port):
+            came, began = RawRank(port), time.monotonic()
+            came.say_hello(hello_of(0))
+            while (for_s := time.monotonic() - began) < 4.0:
+                beat(busy, for_s=for_s + (0.0 if gets_on else 3.0), moves=2)
+                time.sleep(BEAT_S / 2)
+            if gets_on:
+                busy.close()
+                busy = RawRank(port)
+                busy.say_hello(hello_of(1))
+                assert "formed" in came.hear() and "formed" in busy.hear()
+            else:
+                said = came.hear()["refused"]
+                assert "within 1 s (to meet again); missing: rank 1 (last heard of" in said and "in a test)" in said, said
+            for one in (host, busy, came):
+                one.close()
 
 
 @pytest.mark.parametrize("takes_in", [False, True])
