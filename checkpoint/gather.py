@@ -18,8 +18,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from checkpoint.adapter_folder import ADAPTER_WEIGHTS, is_adapter_folder, merge_layer_files, read_adapter, write_adapter_weights
 from checkpoint.atomic_folder import PARTIAL_SUFFIX, atomic_folder, check_target
 from checkpoint.command import exit_status, expanded
@@ -30,6 +28,7 @@ from checkpoint.manifest import MANIFEST, TRAIN_STATE, TRAINER_FILE, Manifest, f
 from checkpoint.model_folder import ModelFolder, check_model_folder, listed, read_json_object
 from checkpoint.tensor_file import FileRecord, copy_file, explained_disk_errors
 from checkpoint.train_state import read_trainer_state
+from comms.progress import counted
 from modules.families import read_model_config
 from modules.stage import EMBEDDINGS, LM_HEAD, layer_key_of_index
 from user_error import UserError
@@ -169,11 +168,10 @@ def write_parts(parts: Parts, target: Path) -> list[str]:
     warnings: list[str] = []
     root_lock = JobLock(target.parent) if (target.parent / LOCK_NAME).exists() else nullcontext()  # no job may be saving there meanwhile
     with _made_parents_removed(target), root_lock, atomic_folder(target, num_bytes=parts.num_bytes) as folder:
-        with tqdm(total=parts.num_bytes, unit="B", unit_scale=True, desc="gather", disable=None) as bar:
+        with counted("gathering", parts.num_bytes) as progress:
             for record in sorted(parts.records.values(), key=lambda record: record.name):
-                bar.set_postfix_str(record.name)
                 warnings += _copy_verified(record, parts, folder)
-                bar.update(record.size)
+                progress(record.size)
         try:
             records = [*parts.records.values(), *_write_adapter(parts, folder)]
             write_manifest(folder, records, parts.step, position=parts.position)

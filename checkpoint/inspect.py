@@ -29,8 +29,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from checkpoint.adapter_folder import ADAPTER_CONFIG, LORA, is_adapter_folder, read_adapter
 from checkpoint.atomic_folder import PARTIAL_SUFFIX, readable_bytes
 from checkpoint.command import exit_status, expanded
@@ -41,6 +39,7 @@ from checkpoint.model_folder import ModelFolder, check_model_folder, read_json_o
 from checkpoint.tensor_file import FileRecord
 from checkpoint.train_state import read_trainer_state
 from checkpoint.weight_file import TensorSpec, open_weight_file
+from comms.progress import counted
 from modules.families import is_legacy_buffer, read_model_config
 from modules.model_config import ModelConfig
 from modules.stage import meta_stage
@@ -134,12 +133,11 @@ def _compare(
     missing: list[str] = []
     damaged: list[str] = []
     total = sum(record.size for record in near)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name, disable=None if verify else True) as bar:
+    with counted(f"verifying {folder.name}", total) as progress:
         for record in near:
-            if problem := file_problem(folder, record, hashes=verify):
+            if problem := file_problem(folder, record, hashes=verify, progress=progress):
                 (damaged if (folder / record.name).exists() else missing).append(record.name)
                 problems.append(problem)
-            bar.update(record.size)
     if away:
         names = ", ".join(record.name for record in away)
         cure = "Put the hosts' folders together: python -m checkpoint.gather HOSTDIR... --out DIR"

@@ -69,12 +69,12 @@ class ProgressLine:
                 self._say(text)
             return
         if self._bar is None:
-            has_width = shutil.get_terminal_size(fallback=(0, 0)).columns > 0  # some terminals say 0, and tqdm would show nothing
+            has_size = min(shutil.get_terminal_size(fallback=(0, 0))) > 0  # some terminals say 0, and tqdm would show nothing
             self._bar = tqdm(
                 total=1000,
                 bar_format="{desc}{bar}",
-                ncols=None if has_width else 100,
-                dynamic_ncols=has_width,
+                ncols=None if has_size else 100,
+                dynamic_ncols=has_size,
                 leave=False,
                 file=sys.stderr,
             )

@@ -1,16 +1,13 @@
-"""The flags that both directions share, and the steps of work behind them: dtype, plan, progress, verification."""
+"""The flags that both directions share, and the steps of work behind them: dtype, plan, verification."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoint.conversion import Plan, verify_copy
 from checkpoint.model_folder import ModelFolder
+from comms.progress import counted
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FAMILY_TITLES = {"gptj": "GPT-J", "gptneox": "GPT-NeoX"}
@@ -45,15 +42,8 @@ def print_plan(plan: Plan) -> None:
         print(line)
 
 
-@contextmanager
-def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr, above which log lines go; yields what is to be called with the bytes just done."""
-    with logging_redirect_tqdm(), tqdm(total=num_bytes, unit="B", unit_scale=True, desc=title) as bar:
-        yield bar.update
-
-
 def verify(source: ModelFolder, target: Path, plan: Plan) -> None:
     """Compare ``target`` with ``source`` and say so. Raises UserError if they differ."""
-    with progress_bar(plan.num_bytes, "verifying") as progress:
+    with counted("verifying", plan.num_bytes) as progress:
         count = verify_copy(source, target, plan, progress)
     print(f"verified {count} tensors")

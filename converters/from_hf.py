@@ -17,7 +17,8 @@ from checkpoint.conversion import plan_conversion
 from checkpoint.layered_folder import write_model_folder
 from checkpoint.legacy_folder import write_legacy_folder
 from checkpoint.model_folder import resolve_model_folder
-from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, progress_bar, verify
+from comms.progress import counted
+from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, verify
 from converters.sources import open_source
 
 
@@ -66,7 +67,7 @@ def convert(model_type: str, arguments: argparse.Namespace) -> None:
         print_plan(plan)
         return
     write = write_legacy_folder if arguments.legacy_layout else write_model_folder
-    with progress_bar(plan.num_bytes, "layers") as progress:
+    with counted("writing the layers", plan.num_bytes) as progress:
         write(source, target, config, lambda key, num_bytes: progress(num_bytes), dtype=dtype)
     if arguments.verify:
         verify(source, target, plan)

@@ -21,7 +21,8 @@ from checkpoint.conversion import plan_conversion
 from checkpoint.hf_folder import write_hf_folder
 from checkpoint.manifest import TRAINER_FILE
 from checkpoint.model_folder import ModelFolder, read_json_object, resolve_model_folder
-from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, progress_bar, verify
+from comms.progress import counted
+from converters.flags import FAMILY_TITLES, add_shared_flags, chosen_dtype, print_plan, verify
 from converters.sources import open_adapter, open_source
 from modules.model_config import ModelConfig
 from user_error import UserError
@@ -139,7 +140,7 @@ def convert(model_type: str, arguments: argparse.Namespace) -> None:
     if arguments.plan:
         print_plan(plan)
         return
-    with progress_bar(plan.num_bytes, "weights") as progress:
+    with counted("writing the weights", plan.num_bytes) as progress:
         write_hf_folder(source, target, config, max_shard_bytes=max_shard_bytes, progress=progress, dtype=dtype)
     if arguments.verify:
         verify(source, target, plan)

@@ -226,3 +226,14 @@ def test_rank_0_says_every_so_often_who_has_not_come(monkeypatch, caplog) -> Non
     texts = [record.getMessage() for record in caplog.records]
     assert texts[0].startswith("waiting for 2 of 3 ranks, for 0:00 so far; missing: rank 1 (stage 1 of 3, replica 0 of 1), rank 2 (")
     assert len(texts) >= 2 and "waiting for 1 of 3 ranks" in texts[-1] and "rank 1 (" not in texts[-1]
+
+
+def test_where_nobody_counts_any_more_the_rank_that_came_last_is_shown() -> None:
+    overview = Overview(names)
+    loading, through = beat("loading", 1, 9), beat("loading")
+    overview.look({0: loading, 1: loading}, 0.0)
+    overview.look({0: through, 1: loading}, 1.0)
+    overview.look({0: through, 1: through}, 20.0)
+    assert overview.look({0: through, 1: through}, 20.0 + UNCOUNTED_S - 0.1) is None, "rank 0 has only waited"
+    shown = overview.look({0: through, 1: through}, 20.0 + UNCOUNTED_S)
+    assert shown is not None and shown.text == "loading: rank 1 for 0:10 so far"

@@ -81,7 +81,8 @@ class Overview:
 
     @staticmethod
     def _follow(before: _Seen | None, beat: Beat, now: float) -> _Seen:
-        if before is None or before.beat.part != beat.part:
+        has_ended = before is not None and before.beat.total > 0 and beat.total == 0
+        if before is None or before.beat.part != beat.part or has_ended:
             return _Seen(beat=beat, since=now, counted_since=now, done_before=beat.done)
         if beat.total != before.beat.total or beat.done < before.beat.done:  # another count under the same name
             return _Seen(beat=beat, since=before.since, counted_since=now, done_before=beat.done)
@@ -95,13 +96,13 @@ class Overview:
 
     def _furthest_behind(self, now: float) -> int:
         """The rank that the others will have to wait for: of those that count what they do the one in the part that was begun first, and
-        there the one that will take longest. Where nobody counts, one that does not wait for others."""
+        there the one that will take longest. Where nobody counts, the one that came last of those that do not wait for others."""
 
         def order(rank: int) -> tuple[bool, bool, float, float, float, int]:
             seen = self._seen[rank]
             begun = self._began[seen.beat.part]
             if not seen.is_counted:
-                return True, seen.beat.waits, begun, seen.since, 0.0, rank
+                return True, seen.beat.waits, begun, -seen.since, 0.0, rank
             left_s = seen.eta_s(now)
             return False, False, begun, -math.inf if left_s is None else -left_s, seen.share, rank
 

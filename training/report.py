@@ -67,13 +67,13 @@ class Report:
         if self._speaks:
             with explained_disk_errors(self._path):
                 self._file = _open_log(self._path)
-            has_width = shutil.get_terminal_size(fallback=(0, 0)).columns > 0  # some terminals say 0, and tqdm would show nothing
+            has_size = min(shutil.get_terminal_size(fallback=(0, 0))) > 0  # some terminals say 0, and tqdm would show nothing
             self._bar = tqdm(
                 total=total_steps,
                 initial=first_step,
                 bar_format="{desc}ETA {remaining} |{bar}|",  # a narrow terminal cuts the end off
-                ncols=None if has_width else 100,
-                dynamic_ncols=has_width,
+                ncols=None if has_size else 100,
+                dynamic_ncols=has_size,
                 disable=not sys.stderr.isatty(),
                 file=sys.stderr,
             )
