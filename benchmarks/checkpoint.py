@@ -97,7 +97,8 @@ def our_saves(name: str, state: SimpleNamespace, folder: Path, num_saves: int) -
     """The trainer's Saver with a job of one rank."""
     from checkpoint.manifest import verify_step
     from training.folders import Folders
-    from training.saving import SaveOptions, Saver
+    from training.save_options import SaveOptions
+    from training.saving import Saver
 
     is_async = name == "ours async"
     seconds: dict[str, list[float]] = {"stall": [], "until_written": []} if is_async else {"save": [], "cp": []}

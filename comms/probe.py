@@ -4,6 +4,7 @@ The schedule wants to know: a link whose round trip takes as long as k micro-bat
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from comms.links import naming_the_peer
 from comms.transport import Transport
 
 NUM_ROUNDS = 4  # the first also wakes the connection up
+ROUND_TRIPS = 2 * NUM_ROUNDS  # small messages, then full ones
 SMALL_BYTES = 64
 MOST_BYTES = 4 * 2**20  # of a timed message; what is larger is extrapolated
 
@@ -24,15 +26,30 @@ class LinkTimes:
     transfer_s: float
 
 
-def time_link(transport: Transport, *, leads: bool, num_bytes: tuple[int, int], device: torch.device, peer_in_words: str) -> LinkTimes:
+def time_link(
+    transport: Transport,
+    *,
+    leads: bool,
+    num_bytes: tuple[int, int],
+    device: torch.device,
+    peer_in_words: str,
+    progress: Callable[[int], object] = lambda num_round_trips: None,
+) -> LinkTimes:
     """Called by both neighbours at the same time; ``leads`` on the one nearer to the embeddings, whose clock counts.
 
-    num_bytes: of an activation, which goes out, and of a gradient, which comes back. Raises PeerLost."""
+    num_bytes: of an activation, which goes out, and of a gradient, which comes back. progress: hears of every one of the ROUND_TRIPS.
+    Raises PeerLost."""
+
+    def round_trip(sizes: tuple[int, ...]) -> float:
+        seconds = _round_trip(transport, leads, sizes, device)
+        progress(1)
+        return seconds
+
     share = min(1.0, MOST_BYTES / max(num_bytes))
     small, full = (SMALL_BYTES, SMALL_BYTES), tuple(max(SMALL_BYTES, int(n * share)) for n in num_bytes)
     with naming_the_peer(f"measuring the link to {peer_in_words}"):
-        empty = min(_round_trip(transport, leads, small, device) for _ in range(NUM_ROUNDS))
-        filled = min(_round_trip(transport, leads, full, device) for _ in range(NUM_ROUNDS))
+        empty = min(round_trip(small) for _ in range(NUM_ROUNDS))
+        filled = min(round_trip(full) for _ in range(NUM_ROUNDS))
     return LinkTimes(latency_s=empty / 2, transfer_s=max(0.0, filled - empty) / share)
 
 

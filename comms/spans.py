@@ -4,7 +4,8 @@ Always on in its cheap form (a few attributes, so that a message about a lost pe
 every span is asked for by tests and by --profiling tidy_profiling (training/tracing.py)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from comms.heartbeat import Beat
@@ -32,6 +33,9 @@ CATEGORIES = {
     "sending tokens": "send",
 }
 WAITING = frozenset({"recv", "send", "allreduce", "data-wait"})  # categories of time spent waiting for another rank
+WAITING_FOR_DATA = "waiting for data"  # which another thread of rank 0 reads
+SAVING, KEEPING = "saving a checkpoint", "keeping a snapshot"  # a thread may write meanwhile what was begun before
+WAITING_FOR_CHECKPOINT = "waiting for the checkpoint to be written"
 EVALUATING = "evaluating"  # around the spans of an evaluation: who is in it may be waiting for any other rank
 OTHER = "other"  # the category of every other name: checkpoints, barriers
 
@@ -79,6 +83,7 @@ class Spans:
         self._current: tuple[str, int | None] = ("starting", None)
         self._since, self._moves = clock(), 0
         self._part = Part(self._moved, "starting")
+        self._beside: dict[str, Part] = {}  # span -> what another thread counts meanwhile
 
     def start_recording(self, synchronize: Callable[[], None] | None = None) -> None:
         """Record every span that is opened from now on.
@@ -120,10 +125,28 @@ class Spans:
         total: 0 where it is not known."""
         return _OpenPart(self, Part(self._moved, name, total, unit))
 
-    def start_part(self, total: int, unit: str) -> Part:
-        """Count what is done of the current phase, step or part of it, from 0."""
-        self._part = Part(self._moved, self._part.name, total, unit)
+    def start_part(self, total: int, unit: str, name: str | None = None) -> Part:
+        """Count what is done of the current phase, step or part of it, from 0. name: what it is called from now on."""
+        self._part = Part(self._moved, self._part.name if name is None else name, total, unit)
         return self._part
+
+    @contextmanager
+    def beside(self, during: Sequence[str], name: str, total: int = 0, unit: str = "") -> Iterator[Part]:
+        """Of another thread: what it does in the block is what this rank does in the spans called ``during``, in which it waits for
+        that. Counting moves this rank only then."""
+
+        def moved() -> None:
+            if self._current[0] in during:
+                self._moved()
+
+        part = Part(moved, name, total, unit)
+        self._beside.update(dict.fromkeys(during, part))
+        try:
+            yield part
+        finally:
+            for span in during:
+                if self._beside.get(span) is part:
+                    del self._beside[span]
 
     def advance(self, n: int = 1) -> None:
         """Part.add() of what is counted now."""
@@ -144,7 +167,7 @@ class Spans:
     def beat(self) -> Beat:
         """What this rank says of itself to the hub. Called on any thread."""
         name, _ = self._current
-        part = self._part
+        part = self._beside.get(name, self._part)
         return Beat(
             doing=self.in_words,
             for_s=max(0.0, self.clock() - self._since),

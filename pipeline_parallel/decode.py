@@ -18,7 +18,7 @@ Legend: B sequences of a group, T columns that are computed at once (the prompts
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +77,7 @@ class _Call:
     max_new_tokens: int
     eos_token_id: int
     waiting: deque[list[int]]  # groups without a slot yet, as numbers of prompts
+    progress: Callable[[int], object]
     answers: list[list[int]]
     has_ended: list[bool]
     margins: list[float]
@@ -115,8 +116,16 @@ class Decoder:
         self._closing = stream(closing_group, other_end) if place.is_first_stage or place.is_last_stage else None
         self._found: deque[Tensor] = deque()  # of a pipeline of one stage: tokens that need not travel
 
-    def generate(self, prompts: Sequence[Sequence[int]] | None, *, max_new_tokens: int, eos_token_id: int) -> list[Generated] | None:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | None,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int,
+        progress: Callable[[int], object] = lambda num_tokens: None,
+    ) -> list[Generated] | None:
         """Collective over the ranks of a pipeline. prompts: ids, on the first stage; None elsewhere. The numbers are alike on all.
+        progress: hears of tokens that are done, max_new_tokens for every prompt, also where it ends before.
 
         Returns on the first stage the continuations in the order of the prompts, elsewhere None. Equally probable tokens: the smallest id.
         Raises UserError on the first stage, before anything is sent, for a prompt that cannot be continued; PeerLost."""
@@ -131,6 +140,7 @@ class Decoder:
             max_new_tokens=max_new_tokens,
             eos_token_id=eos_token_id,
             waiting=deque(groups),
+            progress=progress,
             answers=[[] for _ in lengths],
             has_ended=[False] * len(lengths),
             margins=[math.inf] * len(lengths),
@@ -225,6 +235,7 @@ class Decoder:
             if self._following is not None:
                 empty = torch.zeros(self._shape(group), dtype=self._stage.compute_dtype, device=self._device)
                 self._send(empty, has_ended=True)
+            call.progress((call.max_new_tokens - group.visits) * len(group.numbers))
             self._assign(call, slot)
             return
         with self._spans.span("forward"):
@@ -234,6 +245,7 @@ class Decoder:
         else:
             self._choose(y[:, -1])
         group.visits += 1
+        call.progress(len(group.numbers))
         if self._previous is None:
             slot.awaiting = group
             if self._closing is not None:

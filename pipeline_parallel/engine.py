@@ -59,6 +59,7 @@ class PipelineEngine:
         for link in (self._previous, self._following):
             if link is not None:
                 link.post(len(micro_batches))
+        done = self._spans.start_part(len(micro_batches), "micro-batches")
         for kind, i in actions:
             if kind == "F":
                 self._forward(i, micro_batches[i])
@@ -69,6 +70,7 @@ class PipelineEngine:
                 if is_last and before_last_backward is not None:
                     before_last_backward()
                 loss += self._backward(i, micro_batches[i], scale, is_last)
+                done.add()
         with self._spans.span("waiting for sends"):
             for link in (self._previous, self._following):
                 if link is not None:

@@ -127,9 +127,12 @@ class EvaluationSet:
                     f"{example.where} is text alone. Use --evaluation-metric loss (dist_clm_eval.py: --metric perplexity), or other data"
                 )
 
-    def sequences(self, encoder: Encoder, rules: PackingRules) -> Iterator[np.ndarray]:
-        """(NUM_PLANES, T) int32 each: all documents packed in the way of ``rules``, the last sequence padded."""
-        documents = self._encoded(encoder)
+    def sequences(
+        self, encoder: Encoder, rules: PackingRules, progress: Callable[[int], object] = lambda num_records: None
+    ) -> Iterator[np.ndarray]:
+        """(NUM_PLANES, T) int32 each: all documents packed in the way of ``rules``, the last sequence padded. ``progress`` hears of the
+        records that were taken."""
+        documents = self._encoded(encoder, progress)
         if rules.long_documents == "truncate":
             documents = (Encoded(ids=d.ids[: rules.seq_length], is_target=d.is_target[: rules.seq_length]) for d in documents)
         if rules.mode == "concat":
@@ -201,7 +204,7 @@ class EvaluationSet:
             for example, label, encoded in rows
         ]
 
-    def _encoded(self, encoder: Encoder) -> Iterator[Encoded]:
+    def _encoded(self, encoder: Encoder, progress: Callable[[int], object]) -> Iterator[Encoded]:
         step = 64
         for start in range(0, len(self.examples), step):
             examples = self.examples[start : start + step]
@@ -209,6 +212,7 @@ class EvaluationSet:
                 if isinstance(encoded, BadRecordError):
                     raise UserError(f"{example.where}: {encoded}. Correct the record")
                 yield encoded
+                progress(1)
 
 
 class _Row:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tasks.examples import BadRecordError, Record
 from tasks.records import MAX_RECORD_BYTES, TOO_LONG, Numbered, numbered, record_of_value, size_of_value, value_of_json
-from tasks.streams import SCAN_BYTES, Forward, Stored, blocks, numbered_lines
+from tasks.streams import SCAN_BYTES, Forward, Progress, Stored, blocks, numbered_lines, unheard
 from user_error import UserError
 
 MAX_WHOLE_BYTES = 2**30  # of a .json that is parsed as a whole
@@ -39,10 +39,19 @@ class IndexedLines:
     between quotes ends no record. keep_open: false for one of so many files that they cannot all be open."""
 
     def __init__(
-        self, path: Path, name: str, parse: Callable[[bytes], Record], *, first: int = 0, quoted: bool = False, keep_open: bool = True
+        self,
+        path: Path,
+        name: str,
+        parse: Callable[[bytes], Record],
+        *,
+        first: int = 0,
+        quoted: bool = False,
+        keep_open: bool = True,
+        progress: Progress = unheard,
     ) -> None:
+        """progress: hears the bytes that were just looked through for the beginnings of the lines."""
         self._path, self._name, self._parse = path, name, parse
-        starts, lines = _record_starts(path, quoted=quoted)
+        starts, lines = _record_starts(path, quoted=quoted, progress=progress)
         self._starts = starts[first:]  # (number of records + 1,) int64; record i is bytes [starts[i], starts[i + 1])
         self._lines = lines[first:] if lines is not None else None  # of each record its first line, where they are not all one line long
         self._first = first
@@ -70,7 +79,7 @@ class IndexedLines:
             self._file.close()
 
 
-def _record_starts(path: Path, *, quoted: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _record_starts(path: Path, *, quoted: bool, progress: Progress = unheard) -> tuple[np.ndarray, np.ndarray | None]:
     """Byte offset of every record, then the file's size, (number of records + 1,) int64; and, if ``quoted``, the line of each."""
     pieces, lines = [np.zeros(1, dtype=np.int64)], [np.ones(1, dtype=np.int64)]
     num_bytes = num_quotes = num_lines = 0
@@ -86,6 +95,7 @@ def _record_starts(path: Path, *, quoted: bool) -> tuple[np.ndarray, np.ndarray 
                 ends = ends[is_outside]
             pieces.append(ends + (num_bytes + 1))
             num_bytes += len(chunk)
+            progress(len(chunk))
     starts = np.concatenate(pieces)
     if starts[-1] != num_bytes:
         starts = np.append(starts, num_bytes)  # the last line may lack its newline
@@ -140,16 +150,18 @@ def read_in_turn(records: Indexed) -> Forward:
     return read
 
 
-def whole_json(path: Path, name: str, packing: str, *, texts_by_name: Callable[[Record], bool] | None) -> IndexedSequence | None:
+def whole_json(
+    path: Path, name: str, packing: str, *, texts_by_name: Callable[[Record], bool] | None, progress: Progress = unheard
+) -> IndexedSequence | None:
     """A .json that is one array of objects, or one object; None if it holds one object per line. texts_by_name: whether such an object is
-    no record, but holds one text per field; None: never. Raises UserError."""
+    no record, but holds one text per field; None: never. progress: hears the bytes of the file that were just read. Raises UserError."""
     lines = (line for _, line in numbered_lines(path, name, packing) if line is None or not line.isspace())
     first = next(lines, b"") or b""
     is_array = first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if _is_json(first) and next(lines, b"") != b"":
         return None
     content = bytearray()
-    for block in blocks(path, name, packing):
+    for block in blocks(path, name, packing, progress):
         content += block
         if len(content) > MAX_WHOLE_BYTES:
             if not is_array:

@@ -18,6 +18,7 @@ from typing import Any
 
 from tasks import forms
 from tasks.examples import BadRecordError, Example, Piece, Record
+from tasks.reading import Reading
 from tasks.records import value_of_json
 from user_error import UserError
 
@@ -33,11 +34,18 @@ SEPARATORS = ("\n\n", "\n", "\n\n\n")
 class InstructionRecords(Sequence[tuple[str, Record]]):
     """(where, record) of every instance of a source, in the order of its files. fingerprinted: the files, for whoever compares them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reading: Reading | None = None) -> None:
         """Raises UserError for a folder that holds no tasks, and for files that are none."""
         self.fingerprinted = _task_files(path)
         self._parse = lru_cache(maxsize=KEPT_FILES)(_parse_file)
-        self._ends = list(accumulate(len(self._parse(file)["Instances"]) for file in self.fingerprinted))
+        reading = reading or Reading(str(path))
+        sizes = [file.stat().st_size for file in self.fingerprinted]
+        reading.expect(sum(sizes))
+        ends: list[int] = []
+        for file, size in zip(self.fingerprinted, sizes, strict=True):
+            ends.append(len(self._parse(file)["Instances"]))
+            reading.read(size)
+        self._ends = list(accumulate(ends))
 
     def __len__(self) -> int:
         return self._ends[-1]

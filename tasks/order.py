@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from tasks.lines import Indexed
+from tasks.reading import Reading
 from tasks.records import Numbered
 from tasks.streams import Forward, Stored
 
@@ -118,9 +119,17 @@ class Windowed:
     """Records read forwards, window by window."""
 
     def __init__(
-        self, forward: Forward, *, name: str, key: tuple[int, int], window_records: int = WINDOW_RECORDS, max_samples: int | None = None
+        self,
+        forward: Forward,
+        *,
+        name: str,
+        key: tuple[int, int],
+        window_records: int = WINDOW_RECORDS,
+        max_samples: int | None = None,
+        reading: Reading | None = None,
     ) -> None:
         """max_samples: how many are used, the first ones."""
+        self._reading = reading or Reading(name)
         self._forward, self._name, self._key = forward, name, key
         self._window_records, self._max_samples = window_records, max_samples
         self._pass_index = -1
@@ -137,6 +146,8 @@ class Windowed:
             self._stream = self._stored()
             self._pass_index = pass_index
             self._window, self._window_index, self._window_start = [], -1, 0
+        if is_entered and position >= self._window_records:
+            self._skip_to(position)
         while position >= self._window_start + len(self._window):
             if not self._read_window():
                 raise LookupError(position)
@@ -144,6 +155,12 @@ class Windowed:
             seconds = time.perf_counter() - started
             logger.info("%s: read forwards to record %d of pass %d in %.3g s", self._name, position + 1, pass_index + 1, seconds)
         return self._window[int(self._order[position - self._window_start])].numbered()
+
+    def _skip_to(self, position: int) -> None:
+        """Read over what stands in front, as far as there is anything."""
+        with self._reading.skipping(position) as part:
+            while position >= self._window_start + len(self._window) and self._read_window():
+                part.add(len(self._window))
 
     def in_file_order(self) -> Iterator[Numbered]:
         for stored in self._stored():

@@ -12,13 +12,16 @@ tasks/order.py's, what they mean the task's (tasks/prompts.py).
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 
 import numpy as np
 
+from comms.spans import Spans
 from tasks.examples import BadRecordError, BoundTask, Example, Record, Task
 from tasks.order import WINDOW_RECORDS, Ordered, Shuffled, Windowed
+from tasks.reading import BYTES, RECORDS, Reading
 from tasks.records import OnBadRecord, check_text
 from tasks.sources import open_source
 from tasks.task_list import TaskSpec
@@ -56,9 +59,19 @@ class Documents:
     """The documents of one source, endlessly. Made by open_documents; used by one thread at a time."""
 
     def __init__(
-        self, records: Ordered, *, name: str, num_bytes: int, fingerprint: str, seed: int, place: int, rules: ReadingRules
+        self,
+        records: Ordered,
+        *,
+        name: str,
+        num_bytes: int,
+        fingerprint: str,
+        seed: int,
+        place: int,
+        rules: ReadingRules,
+        reading: Reading | None = None,
     ) -> None:
         """bind() comes next."""
+        self._reading = reading or Reading(name)
         self.name = name  # as the user wrote it
         self.num_bytes = num_bytes  # of the files, as stored
         self._records, self._fingerprint, self._key = records, fingerprint, (seed, place)
@@ -74,6 +87,13 @@ class Documents:
         assert self._task is not None, "open_documents binds it"
         return self._task
 
+    @contextmanager
+    def counted(self, doing: str) -> Iterator[None]:
+        """While one pass is read in the block, this rank says how much of it is: of records that can be had by number, else of bytes."""
+        total, unit = (len(self._records.numbers), RECORDS) if isinstance(self._records, Shuffled) else (self.num_bytes, BYTES)
+        with self._reading.counted(doing, total, unit):
+            yield
+
     def bind(self, task: Task) -> None:
         """Let ``task`` look at the records. Raises UserError for records that it cannot use at all."""
         try:
@@ -84,6 +104,7 @@ class Documents:
     def _good_records(self) -> Iterator[Record]:
         """Of the whole source: --max-train-samples and --max-eval-samples change no label and so no prompt."""
         for _, record in self._records.unused_too():
+            self._reading.looked_at()
             if not isinstance(record, BadRecordError):
                 yield record
 
@@ -104,6 +125,7 @@ class Documents:
                 pass_index, position, saw_pass_start = pass_index + 1, 0, True
                 num_skipped_before_pass = num_skipped
                 continue
+            self._reading.looked_at()
             if numbered is not None:  # blank lines are neither records nor mistakes
                 where, record = numbered
                 try:
@@ -117,8 +139,13 @@ class Documents:
 
     def in_order(self) -> Iterator[Document]:
         """One pass as the files stand, as it is asked in an evaluation. Raises UserError as next_good does."""
+        with self.counted("reading"):
+            yield from self._in_order()
+
+    def _in_order(self) -> Iterator[Document]:
         num_skipped = num_good = 0
         for position, (where, record) in enumerate(self._records.in_file_order()):
+            self._reading.looked_at()
             try:
                 example = self._example(record, None)
             except BadRecordError as error:
@@ -135,6 +162,7 @@ class Documents:
         """Judges all records, or those up to the first good one, in file order. Raises UserError as next_good does."""
         num_bad, num_good, first = 0, 0, ""
         for where, record in self._records.in_file_order():
+            self._reading.looked_at()
             try:
                 self._example(record, None)
             except BadRecordError as error:
@@ -163,6 +191,7 @@ class Documents:
             )
         groups: dict[str, list[int]] = {}
         for number in self._records.numbers:
+            self._reading.looked_at()
             numbered = self._records.get(int(number))
             if numbered is None:
                 continue
@@ -212,14 +241,19 @@ class Documents:
             self._num_skipped_unreported = 0
 
 
-def open_documents(spec: TaskSpec, tasks: Mapping[str, Task], *, seed: int, place: int, rules: ReadingRules | None = None) -> Documents:
-    """Opens the source of the task at this place of the list. tasks: by name (tasks.prompts.tasks_by_name).
+def open_documents(
+    spec: TaskSpec, tasks: Mapping[str, Task], *, seed: int, place: int, rules: ReadingRules | None = None, spans: Spans | None = None
+) -> Documents:
+    """Opens the source of the task at this place of the list. tasks: by name (tasks.prompts.tasks_by_name). spans: where this rank says how
+    much it has read.
 
     Raises UserError for a source that is not there or of an unknown kind, for one without a good record, and, unless bad records are left
     out, for the first bad record among those checked here (see the top of this file).
     """
     rules = rules or ReadingRules()
-    source = open_source(spec, has_header=rules.has_header)
+    reading = Reading(spec.name, spans)
+    with reading.counted("indexing"):
+        source = open_source(spec, has_header=rules.has_header, reading=reading)
     key = (seed, place)
     records: Ordered
     if source.indexed is not None:
@@ -227,21 +261,27 @@ def open_documents(spec: TaskSpec, tasks: Mapping[str, Task], *, seed: int, plac
     else:
         assert source.forward is not None, "a source is one or the other"
         window = rules.shuffle_window
-        records = Windowed(source.forward, name=spec.name, key=key, window_records=window, max_samples=rules.max_samples)
+        records = Windowed(source.forward, name=spec.name, key=key, window_records=window, max_samples=rules.max_samples, reading=reading)
     try:
+        with reading.counted("hashing"):
+            fingerprint = source.fingerprint(reading)
         documents = Documents(
             records,
             name=spec.name,
             num_bytes=source.num_bytes,
-            fingerprint=source.fingerprint(),
+            fingerprint=fingerprint,
             seed=seed,
             place=place,
             rules=rules,
+            reading=reading,
         )
-        documents.bind(tasks[spec.task])
-        documents.check(all_records=source.indexed is not None and source.num_bytes <= CHECK_ALL_BYTES)
+        with documents.counted("looking at the labels of"):
+            documents.bind(tasks[spec.task])
+        with documents.counted("checking"):
+            documents.check(all_records=source.indexed is not None and source.num_bytes <= CHECK_ALL_BYTES)
         if rules.balance_labels:
-            documents.balance_labels()
+            with documents.counted("balancing the labels of"):
+                documents.balance_labels()
     except (OSError, UserError) as error:
         records.close()
         if isinstance(error, UserError):

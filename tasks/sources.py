@@ -20,9 +20,10 @@ from tasks.examples import BadRecordError, Record
 from tasks.lines import Indexed, IndexedLines, IndexedSequence, Joined, read_in_turn, whole_json
 from tasks.natural_instructions import InstructionRecords
 from tasks.prompts import default_path
+from tasks.reading import Reading
 from tasks.records import cells_of_row, record_of_cells, record_of_line
 from tasks.rows import dataset_rows, parquet_rows
-from tasks.streams import PACKED, Forward, forward_lines, numbered_lines
+from tasks.streams import PACKED, Forward, Progress, forward_lines, numbered_lines
 from tasks.task_list import HF, TaskSpec
 from user_error import UserError
 
@@ -50,6 +51,7 @@ class Opening(NamedTuple):
     texts_by_name: bool
     is_forward: bool
     keep_open: bool
+    progress: Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,37 +69,42 @@ class Source:
         """Of all its files, as stored."""
         return sum(file.stat().st_size for file in self.files)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, reading: Reading | None = None) -> str:
         """Hex digits that tell whether the source is still the one a data position belongs to: sizes and bytes of its files; of those
         above 256 MiB in all a MiB at the beginning, the middle and the end of each. Raises UserError."""
         digest = hashlib.sha256(self.identity.encode())
         is_whole = self.num_bytes <= FINGERPRINT_WHOLE_BYTES
+        reading = reading or Reading(self.name)
+        reading.expect(self.num_bytes if is_whole else 3 * FINGERPRINT_BYTES * len(self.files))
         for file in self.files:
-            _add_file(digest, file, is_whole=is_whole)
+            _add_file(digest, file, is_whole=is_whole, progress=reading.read)
         return digest.hexdigest()
 
 
-def open_source(spec: TaskSpec, *, has_header: bool = True) -> Source:
+def open_source(spec: TaskSpec, *, has_header: bool = True, reading: Reading | None = None) -> Source:
     """The source of one item of a task list. has_header: whether the first row of a .csv or .tsv names its columns; else they are called
     1, 2, ... Raises UserError: nothing there, an unknown ending, a package that is missing, a file that cannot be read."""
+    reading = reading or Reading(spec.name)
     if spec.source.startswith(HF):
         rows = dataset_rows(spec)
         return Source(name=spec.name, files=(), indexed=None, forward=rows, identity=f"{spec.source}@{spec.split or 'train'}")
     try:
-        if spec.task in INSTRUCTION_TASKS and (found := _instructions(spec)) is not None:
+        if spec.task in INSTRUCTION_TASKS and (found := _instructions(spec, reading)) is not None:
             return found
-        return _open_files(spec, _files(spec), has_header=has_header)
+        return _open_files(spec, _files(spec), reading, has_header=has_header)
     except OSError as error:
         raise UserError(f"A data file must be readable; {spec.name}: {error}. Correct the path or the file's permissions.") from error
 
 
-def _open_files(spec: TaskSpec, named: list[tuple[Path, str]], *, has_header: bool) -> Source:
+def _open_files(spec: TaskSpec, named: list[tuple[Path, str]], reading: Reading, *, has_header: bool) -> Source:
+    reading.expect(sum(path.stat().st_size for path, _ in named))
     kinds = [_known_kind(name) for _, name in named]
     opening = Opening(
         has_header=has_header,
         texts_by_name=spec.task == "cot",
         is_forward=any(kind.packing or kind.ending == ".parquet" for kind in kinds),
         keep_open=len(named) <= MAX_OPEN_FILES,
+        progress=reading.read,
     )
     indexed: list[Indexed] = []
     forwards: list[Forward] = []
@@ -119,14 +126,14 @@ def _open_files(spec: TaskSpec, named: list[tuple[Path, str]], *, has_header: bo
     return Source(name=spec.name, files=files, indexed=None, forward=lambda: itertools.chain.from_iterable(part() for part in forwards))
 
 
-def _instructions(spec: TaskSpec) -> Source | None:
+def _instructions(spec: TaskSpec, reading: Reading) -> Source | None:
     """Folders and .json files of Natural Instructions; None for other files, whose records are instances themselves."""
     path = Path(spec.source).expanduser()
     if is_url(spec.source) or not (path.is_dir() or all(_kind(name) == (".json", "") for _, name in _files(spec))):
         return None
     if spec.split is not None:
         raise _no_split(spec, "Natural Instructions are read as their own splits/default/train_tasks.txt says")
-    parts = [InstructionRecords(part) for part in ([path] if path.is_dir() else [file for file, _ in _files(spec)])]
+    parts = [InstructionRecords(part, reading) for part in ([path] if path.is_dir() else [file for file, _ in _files(spec)])]
     files = tuple(file for part in parts for file in part.fingerprinted)
     sequences = [IndexedSequence(part) for part in parts]
     return Source(name=spec.name, files=files, indexed=sequences[0] if len(sequences) == 1 else Joined(sequences), forward=None)
@@ -224,7 +231,8 @@ def _open_file(path: Path, name: str, kind: Kind, opening: Opening) -> Indexed |
         parse = _row_parser(path, name, kind, has_header=opening.has_header)
         return _open_lines(path, name, kind, opening, parse, first=int(opening.has_header))
     if kind.ending == ".json":
-        whole = whole_json(path, name, kind.packing, texts_by_name=_are_texts_by_name if opening.texts_by_name else None)
+        texts_by_name = _are_texts_by_name if opening.texts_by_name else None
+        whole = whole_json(path, name, kind.packing, texts_by_name=texts_by_name, progress=opening.progress)
         if whole is not None:
             return whole
     return _open_lines(path, name, kind, opening, record_of_line)
@@ -241,8 +249,8 @@ def _open_lines(
 ) -> Indexed | Forward:
     quoted = kind.ending == ".csv"
     if opening.is_forward:
-        return forward_lines(path, name, kind.packing, parse, first=first, quoted=quoted)
-    return IndexedLines(path, name, parse, first=first, quoted=quoted, keep_open=opening.keep_open)
+        return forward_lines(path, name, kind.packing, parse, first=first, quoted=quoted, progress=opening.progress)
+    return IndexedLines(path, name, parse, first=first, quoted=quoted, keep_open=opening.keep_open, progress=opening.progress)
 
 
 def _row_parser(path: Path, name: str, kind: Kind, *, has_header: bool) -> Callable[[bytes], Record]:
@@ -267,7 +275,7 @@ def _row_parser(path: Path, name: str, kind: Kind, *, has_header: bool) -> Calla
     return lambda row: record_of_cells(cells_of_row(row, delimiter), columns)
 
 
-def _add_file(digest: Any, file: Path, *, is_whole: bool) -> None:
+def _add_file(digest: Any, file: Path, *, is_whole: bool, progress: Progress) -> None:
     try:
         size = file.stat().st_size
         digest.update(str(size).encode())
@@ -275,9 +283,11 @@ def _add_file(digest: Any, file: Path, *, is_whole: bool) -> None:
             if is_whole or size <= 3 * FINGERPRINT_BYTES:
                 while block := opened.read(FINGERPRINT_BYTES):
                     digest.update(block)
+                    progress(len(block))
                 return
             for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES):
                 opened.seek(start)
                 digest.update(opened.read(FINGERPRINT_BYTES))
+                progress(FINGERPRINT_BYTES)
     except OSError as error:
         raise UserError(f"A data file must be readable; {file}: {error}. Correct the path or the file's permissions.") from error

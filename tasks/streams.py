@@ -19,9 +19,16 @@ from user_error import UserError
 SCAN_BYTES = 2**20
 # Little, since a block of 4 bytes may stand for 128 KiB: so much of a file unpacks to 16 MiB at the most, at a tenth more time.
 ZST_READ_BYTES = 2**9
+SAID_BYTES = 2**16  # at a time
 # Files made with `zstd --long=31` need a window this large; the decoder takes only what a frame asks for.
 ZST_MAX_WINDOW_BYTES = 2**31
 PACKED = (".zst", ".gz")
+
+Progress = Callable[[int], object]  # hears the bytes of a file that were just read
+
+
+def unheard(num_bytes: int) -> None:
+    """Where nobody wants to know."""
 
 
 class Stored(NamedTuple):
@@ -40,13 +47,20 @@ Forward = Callable[[], Iterator[Stored]]  # records that can be read from the be
 
 
 def forward_lines(
-    path: Path, name: str, packing: str, parse: Callable[[bytes], Record], *, first: int = 0, quoted: bool = False
+    path: Path,
+    name: str,
+    packing: str,
+    parse: Callable[[bytes], Record],
+    *,
+    first: int = 0,
+    quoted: bool = False,
+    progress: Progress = unheard,
 ) -> Forward:
     """The records of a file, one to a line. packing: one of PACKED, or "" for a plain file. first: records to leave out at the beginning.
-    quoted: a line end between quotes ends no record."""
+    quoted: a line end between quotes ends no record. progress: hears the bytes of the file that were just read."""
 
     def read() -> Iterator[Stored]:
-        for number, (line_number, line) in enumerate(numbered_lines(path, name, packing, quoted=quoted)):
+        for number, (line_number, line) in enumerate(numbered_lines(path, name, packing, quoted=quoted, progress=progress)):
             if number >= first and not (line is not None and line.isspace()):
                 yield _stored(f"{name}:{line_number}", line, parse)
 
@@ -62,16 +76,18 @@ def _stored(where: str, line: bytes | None, parse: Callable[[bytes], Record]) ->
     return Stored(where, len(line or b""), read_it)
 
 
-def numbered_lines(path: Path, name: str, packing: str, *, quoted: bool = False) -> Iterator[tuple[int, bytes | None]]:
+def numbered_lines(
+    path: Path, name: str, packing: str, *, quoted: bool = False, progress: Progress = unheard
+) -> Iterator[tuple[int, bytes | None]]:
     """(number of its first line, the record with its line end); None for one that is too long to be held. Raises UserError."""
-    lines = enumerate(_lines(blocks(path, name, packing)), start=1)
+    lines = enumerate(_lines(blocks(path, name, packing, progress)), start=1)
     return _rows(lines) if quoted else lines
 
 
-def blocks(path: Path, name: str, packing: str) -> Iterator[bytes]:
+def blocks(path: Path, name: str, packing: str, progress: Progress = unheard) -> Iterator[bytes]:
     """What the file holds, unpacked, none of them empty. Raises UserError for a broken file and one that cannot be read."""
     try:
-        yield from {"": _plain_blocks, ".gz": _gz_blocks, ".zst": _zst_blocks}[packing](path, name)
+        yield from {"": _plain_blocks, ".gz": _gz_blocks, ".zst": _zst_blocks}[packing](path, name, progress)
     except OSError as error:
         raise UserError(f"A data file must be readable; {name}: {error}. Correct the path or the file's permissions.") from error
 
@@ -119,28 +135,37 @@ def _rows(lines: Iterator[tuple[int, bytes | None]]) -> Iterator[tuple[int, byte
         yield start, None if is_too_long else b"".join(pieces)
 
 
-def _plain_blocks(path: Path, name: str) -> Iterator[bytes]:
+def _plain_blocks(path: Path, name: str, progress: Progress) -> Iterator[bytes]:
     with path.open("rb", buffering=0) as file:
         while block := file.read(SCAN_BYTES):
+            progress(len(block))
             yield block
 
 
-def _gz_blocks(path: Path, name: str) -> Iterator[bytes]:
+def _gz_blocks(path: Path, name: str, progress: Progress) -> Iterator[bytes]:
     try:
-        with gzip.open(path, "rb") as file:
+        with path.open("rb") as stored, gzip.open(stored, "rb") as file:
+            at = 0
             while block := file.read(SCAN_BYTES):
+                before, at = at, stored.tell()
+                progress(at - before)
                 yield block
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"A .gz file must be whole gzip data; {name}: {error}. Copy or download it again, or compress it anew.") from error
 
 
-def _zst_blocks(path: Path, name: str) -> Iterator[bytes]:
+def _zst_blocks(path: Path, name: str, progress: Progress) -> Iterator[bytes]:
     """zstandard's own stream_reader takes a file that was cut short for a whole one, so the frames are followed here by hand: a file that
     ends inside a frame is an error."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZST_MAX_WINDOW_BYTES)
     frame = None
+    unsaid = 0
     with path.open("rb") as file:
         while chunk := file.read(ZST_READ_BYTES):
+            unsaid += len(chunk)
+            if unsaid >= SAID_BYTES:
+                progress(unsaid)
+                unsaid = 0
             while chunk:
                 frame = frame or decompressor.decompressobj()
                 try:

@@ -19,6 +19,7 @@ from harness import run_ranks, train_argv
 
 from comms.place import place_of
 from comms.probe import LinkTimes
+from comms.spans import Spans
 from modules.gptj import GPTJBlock, GPTJConfig
 from modules.stage import Stage
 from pipeline_parallel.partition import (
@@ -278,6 +279,7 @@ def job_of(rank: int, store: dist.Store | None, *, pp_size: int, dp_size: int = 
         roster=[{"host_id": "here"}] * world_size,
         device=CPU,
         num_threads=1,
+        spans=Spans(),
         model_config=HEAVY_HEAD,
         cut=even_cut(HEAVY_HEAD.num_layers, pp_size),
     )

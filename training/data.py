@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.model_folder import resolve_model_folder
+from comms.spans import WAITING_FOR_DATA, Spans
 from tasks.encoding import Encoder, LossOn
 from tasks.mixture import Mixture, OpenDocuments, counted_by_task
 from tasks.packing import PackingRules
@@ -130,7 +131,7 @@ class Sources:
             yield documents
 
 
-def training_sources(config: Config) -> Sources:
+def training_sources(config: Config, spans: Spans | None = None) -> Sources:
     """What --task-name says. Raises UserError for a bad list and for a task module that does not load."""
     assert config.task_name is not None, "parse_config requires it on rank 0"
     return sources_of(
@@ -142,12 +143,13 @@ def training_sources(config: Config) -> Sources:
             max_samples=config.max_train_samples,
             balance_labels=config.balance_labels,
         ),
+        spans,
     )
 
 
-def sources_of(config: ReadingConfig, task_list: str, rules: ReadingRules) -> Sources:
-    """A task list, read as the flags say; ``rules`` holds what training and evaluation say apart. Runs --task-module. Raises UserError;
-    so does opening."""
+def sources_of(config: ReadingConfig, task_list: str, rules: ReadingRules, spans: Spans | None = None) -> Sources:
+    """A task list, read as the flags say; ``rules`` holds what training and evaluation say apart. spans: where this rank says how much of
+    them it has read. Runs --task-module. Raises UserError; so does opening."""
     options = TaskOptions(
         text_column=config.text_column,
         label_column=config.label_column,
@@ -159,7 +161,7 @@ def sources_of(config: ReadingConfig, task_list: str, rules: ReadingRules) -> So
     rules = dataclasses.replace(rules, has_header=has_header)
 
     def open_one(spec: TaskSpec, place: int) -> Documents:
-        return open_documents(spec, tasks, seed=config.seed, place=place, rules=rules)
+        return open_documents(spec, tasks, seed=config.seed, place=place, rules=rules, spans=spans)
 
     return Sources(tasks=parse_task_list(task_list, more_tasks=tasks), open_documents=open_one)
 
@@ -191,9 +193,9 @@ def _sha256_of_file(path: Path) -> str:
         raise UserError(f"--task-module must be a readable Python file; {path}: {error.strerror}. Correct the path") from error
 
 
-def open_mixture(config: Config, encoder: TextEncoder) -> Mixture:
+def open_mixture(config: Config, encoder: TextEncoder, spans: Spans | None = None) -> Mixture:
     """The mixture of --task-name, at its beginning. Raises UserError for bad lists, files and records."""
-    sources = training_sources(config)
+    sources = training_sources(config, spans)
     return Mixture(
         tasks=sources.tasks,
         open_documents=sources.open_documents,
@@ -211,10 +213,11 @@ def drawn_so_far(state: Mapping[str, Any] | None) -> dict[str, dict[str, int]]:
     return {"tokens_per_task": counted_by_task(state, "tokens"), "passes_per_task": counted_by_task(state, "pass")}
 
 
-def start_reader(config: Config, mixture: Mixture, *, shows_samples: bool = True) -> StepReader:
+def start_reader(config: Config, mixture: Mixture, spans: Spans, *, shows_samples: bool = True) -> StepReader:
     """The background worker that tokenises ahead of the training, which owns ``mixture`` from now on."""
     if shows_samples:
-        _show_samples(mixture, config.show_samples)
+        with spans.span(WAITING_FOR_DATA):
+            _show_samples(mixture, config.show_samples)
     return StepReader(mixture, sequences_per_step=sequences_per_step(config))
 
 

@@ -26,8 +26,6 @@ from user_error import UserError
 
 log = logging.getLogger("trainer")
 
-PROGRESS_S = 10.0
-
 
 def with_total_steps(job: Job, config: Config) -> Config:
     """Called by all ranks once the job has formed: ``config`` with --total-steps filled in where epochs were given. Raises UserError."""
@@ -36,7 +34,7 @@ def with_total_steps(job: Job, config: Config) -> Config:
     steps = None
     if job.place.rank == 0:
         encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size, loss_on=config.loss_on).encoder
-        sources = training_sources(config)
+        sources = training_sources(config, job.spans)
         steps = count_steps(
             sources.tasks,
             sources.open_documents,
@@ -74,7 +72,8 @@ def count_steps(
             continue
         started, documents = time.perf_counter(), open_documents(task, place)
         try:
-            num = sequences_in_pass(_lengths(EncodedDocuments(documents, encoder)), rules)
+            with documents.counted("counting for --num-train-epochs"):
+                num = sequences_in_pass(_lengths(EncodedDocuments(documents, encoder)), rules)
         finally:
             documents.close()
         log.info("%s: one pass is %s sequences, counted in %.1f s", documents.name, f"{num:,.1f}", time.perf_counter() - started)
@@ -101,14 +100,10 @@ def _draws_until(needed: Mapping[int, int], cumulative_weights: Sequence[float],
 
 def _lengths(documents: EncodedDocuments) -> Iterator[int]:
     """Ids of each document of the first pass, in the order in which a training meets them."""
-    position, num_tokens, said = 0, 0, time.perf_counter()
+    position = 0
     while True:
         document = documents.next_good(0, position)
         if document.pass_index > 0:
             return
-        num_tokens += len(document.encoded.ids)
         yield len(document.encoded.ids)
         position = document.position + 1
-        if time.perf_counter() - said > PROGRESS_S:
-            said = time.perf_counter()
-            log.info("%s: counting for --num-train-epochs: record %d, %s tokens so far", documents.name, position, f"{num_tokens:,}")

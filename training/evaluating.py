@@ -7,7 +7,6 @@ be evaluated, and only then weights are loaded. Adapters are computed beside the
 import dataclasses
 import itertools
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from checkpoint.adapter_folder import ADAPTER_CONFIG, Adapter, is_adapter_folder, read_adapter
 from checkpoint.manifest import step_positions
 from checkpoint.model_folder import load_weights, read_json_object, resolve_model_folder
 from comms.place import place_of
+from comms.spans import Spans
 from modules.families import read_model_config
 from modules.lm_ops import IGNORED_TARGET
 from modules.stage import Stage, stored_name
@@ -49,7 +48,7 @@ from user_error import UserError
 
 log = logging.getLogger("trainer")
 
-PROMPT_BATCHES = 16  # batches of prompts between two movements of the progress bar
+PROMPT_BATCHES = 16  # batches of prompts that are generated from in the order of their lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ def evaluate_rank(config: EvalConfig) -> EvaluationResults | None:
         cleanup.callback(stages.close)
         decoder = stages.decoder(config.batch_size) if "accuracy" in config.metrics else None
         evaluator = Evaluator(job, stages, decoder, batch_size=config.batch_size)
-        found = _Run(config, evaluator, desk).results()
+        found = _Run(config, evaluator, desk, job.spans).results()
     if found is None:
         return None
     return dataclasses.replace(found, model=str(config.model_name), seconds=time.perf_counter() - started)
@@ -129,10 +128,10 @@ def _open_desk(job: Job, config: EvalConfig) -> _Desk:
         )
     encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size, loss_on=config.loss_on)
     rules = ReadingRules(on_bad_record=config.on_bad_record, max_samples=config.max_eval_samples)
-    with sources_of(config, config.evaluation_data, rules).opened() as documents:
+    with sources_of(config, config.evaluation_data, rules, job.spans).opened() as documents:
         records = EvaluationSet(documents)
     if config.num_shots:
-        shots = Shots(_pool(config, records), num_shots=config.num_shots, seed=config.seed, balanced=config.balance_shots)
+        shots = Shots(_pool(config, records, job.spans), num_shots=config.num_shots, seed=config.seed, balanced=config.balance_shots)
         records = records.prepared(shots.in_front_of)
     if {"accuracy", "labels"} & set(config.metrics) and records.labels is not None:
         import_sklearn_metrics()
@@ -144,11 +143,11 @@ def _open_desk(job: Job, config: EvalConfig) -> _Desk:
     return _Desk(encoder=encoder, records=records, prompts=prompts, label_rows=rows, length=length)
 
 
-def _pool(config: EvalConfig, records: EvaluationSet) -> list[Example]:
+def _pool(config: EvalConfig, records: EvaluationSet, spans: Spans) -> list[Example]:
     """The examples that few-shot prompts show."""
     if config.shots_from is None:
         return [example.example for example in records.examples]
-    with sources_of(config, config.shots_from, ReadingRules(on_bad_record=config.on_bad_record)).opened() as sources:
+    with sources_of(config, config.shots_from, ReadingRules(on_bad_record=config.on_bad_record), spans).opened() as sources:
         return [document.example for documents in sources for document in documents.in_order()]
 
 
@@ -168,8 +167,8 @@ def _load(job: Job, config: Config, adapter: Adapter | None) -> Stage:
 class _Run:
     """The metrics that were asked for, one after the other. Called by all ranks alike; ``desk`` is rank 0's."""
 
-    def __init__(self, config: EvalConfig, evaluator: Evaluator, desk: _Desk | None) -> None:
-        self._config, self._evaluator, self._desk = config, evaluator, desk
+    def __init__(self, config: EvalConfig, evaluator: Evaluator, desk: _Desk | None, spans: Spans) -> None:
+        self._config, self._evaluator, self._desk, self._spans = config, evaluator, desk, spans
         self._rows: list[dict[str, Any]] = [about(example) for example in desk.records.examples] if desk is not None else []
 
     def results(self) -> EvaluationResults | None:
@@ -190,9 +189,10 @@ class _Run:
         rules = PackingRules(
             seq_length=self._desk.length if self._desk else 2, mode=self._config.packing, long_documents=self._config.long_documents
         )
-        sequences = None if self._desk is None else self._desk.records.sequences(self._desk.encoder.encoder, rules)
-        with self._progress(None, "sequences") as bar:
-            return self._evaluator.mean_loss(sequences, on_progress=bar.update)
+        if self._desk is None:
+            return self._evaluator.mean_loss(None)
+        with self._spans.part("evaluating", len(self._desk.records.examples), "records") as part:
+            return self._evaluator.mean_loss(self._desk.records.sequences(self._desk.encoder.encoder, rules, part.add))
 
     def _generated(self) -> Answers | None:
         desk = self._desk
@@ -200,12 +200,12 @@ class _Run:
         num = self._evaluator.agree(len(prompts))
         step = PROMPT_BATCHES * self._config.batch_size * (self._config.data_group_size or 1)
         found: list[Generated] = []
-        with self._progress(num, "answers") as bar:
+        most = self._config.max_new_tokens
+        with self._spans.part("generating answers", self._evaluator.tokens_of(num, most), "tokens") as part:
             for start in range(0, num, step):
                 asked = None if desk is None else [prompt.ids for prompt in prompts[start : start + step]]
                 eos = 0 if desk is None else desk.encoder.encoder.eos_token_id
-                found += self._evaluator.answers(asked, max_new_tokens=self._config.max_new_tokens, eos_token_id=eos)
-                bar.update(min(step, num - start))
+                found += self._evaluator.answers(asked, max_new_tokens=most, eos_token_id=eos, on_progress=part.add)
         if desk is None:
             return None
         for row, judged in zip(self._rows, judged_rows(prompts, found, desk.encoder.encoder), strict=True):
@@ -216,8 +216,8 @@ class _Run:
         desk = self._desk
         rows = desk.label_rows if desk is not None else []
         planes = None if desk is None else (_padded(row.planes, desk.length, desk.encoder.encoder.eos_token_id) for row in rows)
-        with self._progress(self._evaluator.agree(len(rows)), "labels") as bar:
-            losses = self._evaluator.losses(planes, on_progress=bar.update).tolist()
+        with self._spans.part("comparing labels", self._evaluator.agree(len(rows)), "labels") as part:
+            losses = self._evaluator.losses(planes, on_progress=part.add).tolist()
         if desk is None:
             return None
         answers, verdicts = [], []
@@ -238,10 +238,6 @@ class _Run:
         if records.labels is not None:
             found = confusion([example.expected for example in records.examples], answers, records.labels)
         return Answers(counts=Counts.of(verdicts), confusion=found)
-
-    def _progress(self, total: int | None, unit: str) -> "tqdm[Any]":
-        is_shown = self._desk is not None and sys.stderr.isatty()
-        return tqdm(total=total, unit=f" {unit}", disable=not is_shown, file=sys.stderr, dynamic_ncols=True)
 
 
 def _padded(planes: np.ndarray, length: int, eos_token_id: int) -> np.ndarray:

@@ -38,7 +38,14 @@ class Stages(Protocol):
 class Generator(Protocol):
     """pipeline_parallel.decode.Decoder."""
 
-    def generate(self, prompts: Sequence[Sequence[int]] | None, *, max_new_tokens: int, eos_token_id: int) -> list[Generated] | None:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | None,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int,
+        progress: Callable[[int], object] = lambda num_tokens: None,
+    ) -> list[Generated] | None:
         """See there."""
 
 
@@ -53,7 +60,7 @@ class Evaluator:
 
     def losses(self, sequences: Iterable[np.ndarray] | None, *, on_progress: Callable[[int], object] | None = None) -> Tensor:
         """Of every (3, T) int32 sequence the sum of -log p over its targets: (number of sequences,) float64, alike on all ranks.
-        on_progress is called on rank 0 with the number of sequences done."""
+        on_progress is called with the number of sequences done."""
         batches = self._batches(sequences) if sequences is not None else None
         own = slice(self._place.dp * self._batch_size, (self._place.dp + 1) * self._batch_size)
         found: list[Tensor] = []
@@ -83,8 +90,16 @@ class Evaluator:
         total = self.agree(total)
         return math.fsum(losses.tolist()) / max(1, total), total
 
-    def answers(self, prompts: Sequence[Sequence[int]] | None, *, max_new_tokens: int, eos_token_id: int) -> list[Generated]:
-        """The greedy continuation of every prompt, alike on all ranks. prompts: ids, at least one each."""
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]] | None,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int,
+        on_progress: Callable[[int], object] = lambda num_tokens: None,
+    ) -> list[Generated]:
+        """The greedy continuation of every prompt, alike on all ranks. prompts: ids, at least one each. on_progress: hears of the tokens of
+        this rank's prompts that are done, see tokens_of()."""
         assert self._generator is not None, "made without a generator"
         flat = None if prompts is None else np.array([token for prompt in prompts for token in prompt], dtype=np.int32)
         ids = self._share(flat)
@@ -96,7 +111,7 @@ class Evaluator:
         margins = torch.zeros(len(all_prompts), dtype=torch.float64)
         if own:
             given = [all_prompts[number] for number in own] if self._place.pp == 0 else None
-            generated = self._generator.generate(given, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
+            generated = self._generator.generate(given, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, progress=on_progress)
             for number, one in zip(own, generated or [], strict=False):
                 tokens[number, 0], tokens[number, 1], margins[number] = len(one.ids), one.ended, one.margin
                 tokens[number, 2 : 2 + len(one.ids)] = torch.tensor(one.ids, dtype=torch.int64)
@@ -105,6 +120,10 @@ class Evaluator:
             Generated(ids=row[2 : 2 + row[0]], ended=bool(row[1]), margin=margin)
             for row, margin in zip(tokens.tolist(), margins.tolist(), strict=True)
         ]
+
+    def tokens_of(self, num_prompts: int, max_new_tokens: int) -> int:
+        """How many tokens this rank generates of so many prompts, all ranks together."""
+        return len(range(self._place.dp, num_prompts, self._place.dp_size)) * max_new_tokens
 
     def agree(self, number: int) -> int:
         """Collective: rank 0's number."""

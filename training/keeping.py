@@ -18,7 +18,8 @@ from training.config import Config
 from training.folders import Folders
 from training.job import Job, all_say
 from training.rescue import rescue_folder
-from training.saving import Best, SaveOptions, Saver
+from training.save_options import Best, SaveOptions
+from training.saving import Saver
 from training.start import ReadingDesk
 
 RETRY_S = 60.0  # where a save that others wait for came to nothing

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comms.spans import EVALUATING, KEEPING, SAVING, WAITING_FOR_CHECKPOINT, WAITING_FOR_DATA
 from optim.decide import StepDecision, Wishes
 from optim.loss_scale import LossScale
 from training.assembly import assemble_stage, import_packages, make_optimizer
@@ -30,7 +31,7 @@ from training.plan import PipelinePlan
 from training.precision import precision_of
 from training.replicas import check_replicas_alike
 from training.report import Report
-from training.saving import Best
+from training.save_options import Best
 from training.skipping import SkippedSteps
 from training.standing import CommonGround, Standing
 from training.start import ReadingDesk, Start
@@ -45,7 +46,8 @@ from user_error import UserError
 log = logging.getLogger("trainer")
 
 MEMORY_AFTER_UPDATES = 10  # by then a stage has needed all that it will
-READER_ENDS_S = RANK_0_SAYS_S = 60.0
+LAST_READ_S = 5.0  # for a reader whose data nobody reads any more
+RANK_0_SAYS_S = 60.0  # why the job ends, which it does in any case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ class Trainer:
         self._validation = start_validation(
             job, config, self._gradient, self._stage, desk.validation if desk is not None else None, self._root
         )
-        self._reader = start_reader(config, desk.mixture, shows_samples=job.number == 0) if desk is not None else None
+        self._reader = start_reader(config, desk.mixture, job.spans, shows_samples=job.number == 0) if desk is not None else None
         self._feed = TokenFeed(
             place=job.place,
             group=job.groups.tokens,
@@ -153,7 +155,7 @@ class Trainer:
             assert ground.decision is not None and self._open_step is not None, "the others have decided the step that is open here"
             self._gradient.scale_as_decided(ground.decision, self._open_step.loss_scale)
             self._complete(ground.decision)
-        self._disconnect()
+        self._disconnect(goes_on=True)
         self._open_step = None
         if self._desk is not None:
             self._desk.mixture.go_to(self._data_position)
@@ -166,7 +168,8 @@ class Trainer:
 
     def run(self, stop_request: StopRequest) -> None:
         """Train to the end, save and report on the way."""
-        self._feed.start()
+        with self._job.spans.span(WAITING_FOR_DATA):
+            self._feed.start()
         if self._probe is not None:
             self._verify_resume(self._probe)
             self._probe = None
@@ -178,8 +181,7 @@ class Trainer:
                 self._profiler.before_step()
             started = time.perf_counter()
             self._job.spans.enter_step(self._step + self._accumulate)
-            with self._job.spans.span("waiting for data"):
-                feed = self._feed.next()
+            feed = self._next_feed()
             if feed is None:
                 self._stop_for_data()
             elif self._one_step(feed, started, stop_request).wishes.stop:
@@ -189,7 +191,7 @@ class Trainer:
             self._profiler.finish()
         if self._keeping.saved_step != self._step:
             self._save(is_last=True)
-        with self._job.spans.span("waiting for the checkpoint to be written"):
+        with self._job.spans.span(WAITING_FOR_CHECKPOINT):
             self._keeping.finish()
         if self._optimizer_step < self._num_updates and self._job.place.rank == 0:
             asked = stop_request.name or self._limits.reason() or "a signal or a limit on another rank"
@@ -201,12 +203,17 @@ class Trainer:
         self._keeping.give_up()
         self._report.close()
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, *, goes_on: bool = False) -> None:
+        """goes_on: with the same data, which belongs to the reader until that has ended."""
         self._gradient.close()
         if self._validation is not None:
             self._validation.close()
         if self._reader is not None:
-            self._reader.close(READER_ENDS_S)
+            self._reader.close(None if goes_on else LAST_READ_S)
+
+    def _next_feed(self) -> StepFeed | None:
+        with self._job.spans.span(WAITING_FOR_DATA):
+            return self._feed.next()
 
     def _one_step(self, feed: StepFeed, started: float, stop_request: StopRequest) -> StepDecision:
         before = self._step
@@ -230,7 +237,7 @@ class Trainer:
         self._complete(decision)
         self._settle(before)
         if decision.wishes.snapshot:
-            with self._job.spans.span("keeping a snapshot"):
+            with self._job.spans.span(KEEPING):
                 self._keeping.snapshot(self._step, self._position, self._trainer_state(None))
         if decision.wishes.meet and not decision.wishes.stop and self._optimizer_step < self._num_updates:
             self._part_for_a_replica()
@@ -306,7 +313,7 @@ class Trainer:
         """Behind a step that all have done: what the returning ranks will begin with, and the others with them."""
         if self._keeping.saved_step != self._step:
             self._save()
-        with self._job.spans.span("waiting for the checkpoint to be written"):
+        with self._job.spans.span(WAITING_FOR_CHECKPOINT):
             is_kept = self._keeping.wait_for_all(self._job, self._step)
         if is_kept:
             raise MeetAgain(f"a replica is back and is taken in behind step {self._step}")
@@ -316,7 +323,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Whether this step is the best so far, for --keep-best."""
         assert self._validation is not None, "only then it is due"
-        with self._job.spans.span("evaluating"):
+        with self._job.spans.part(EVALUATING):
             found = self._validation.run(self._step)
         self._report.evaluation(found.row(self._step), self._optimizer_step)
         was_found = self._best is not None and self._best.step == self._step  # before the ranks lost each other; others may have to, yet
@@ -336,7 +343,7 @@ class Trainer:
 
     def _save(self, *, is_last: bool = False) -> None:
         probe = self._compute_probe(self._last_feed) if self._config.verify_resume else None
-        with self._job.spans.span("saving a checkpoint"):
+        with self._job.spans.span(SAVING):
             self._keeping.save(self._step, self._position, self._trainer_state(probe), is_last=is_last, best=self._best)
 
     def _trainer_state(self, probe: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -362,14 +369,14 @@ class Trainer:
         """For --verify-resume: loss and gradient norm of the batch with the weights as they are; nothing is updated."""
         if feed is None:
             return None
-        with self._job.spans.span("computing what a resume must find again"):
+        with self._job.spans.part("computing what a resume must find again"):
             decision = self._gradient.compute(feed.tokens, feed.num_targets, step=self._optimizer_step, loss_scale=self._loss_scale.value)
             self._gradient.forget()
         return make_probe(self._job, self._config, decision, feed.sha256, self._data_before)
 
     def _verify_resume(self, probe: dict[str, Any]) -> None:
         """For --verify-resume: read the batch of the probe again and compare. Raises UserError on rank 0, and so on all, if it differs."""
-        feed = self._feed.next()
+        feed = self._next_feed()
         if feed is None:
             self._stop_for_data()
             return

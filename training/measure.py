@@ -21,6 +21,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from comms.spans import Spans
 from modules.linear import WeightGradients, linears
 from modules.lm_ops import HEAD_CHUNK_ROWS, Segments
 from modules.model_config import ModelConfig
@@ -83,11 +84,12 @@ def measure_costs(
     others_measure: Callable[[], bool] = lambda: False,
     build: Build = empty_stage_of,
     held: HeldBytes | None = None,
+    spans: Spans | None = None,
 ) -> MeasuredCosts:
     """Time forward and backward of one layer, and of the embeddings and the head if asked, on this rank alone, as ``build`` makes them.
     held: what they take while they are trained (left out: in fp32, all of it). recomputes: as Stage.recomputes; the second forward is part
-    of the backward's seconds. A rank whose memory_limit_bytes are too few for a single layer (and the embeddings, the head) measures
-    nothing: no cut will fit it.
+    of the backward's seconds. spans: where this rank says how far it is. A rank whose memory_limit_bytes are too few for a single layer
+    (and the embeddings, the head) measures nothing: no cut will fit it.
 
     A round runs all of them one after the other, as a stage does, so that none finds the caches to itself. Rounds go on for
     ``budget_s``, for at least MIN_ROUNDS (a model with slow layers takes longer), and then while ``others_measure()``: a rank that
@@ -99,7 +101,9 @@ def measure_costs(
         return MeasuredCosts(layer_forward_s=0.0, layer_backward_s=0.0)
     try:
         trial = _Trial(config, device, (micro_batch_size, seq_length), build, with_embeddings=with_embeddings, with_head=with_head)
-        return _measure(trial, device, recomputes, budget_s, others_measure)
+        num_computations = (MIN_ROUNDS + 1) * (2 + with_head + with_embeddings)
+        with (spans or Spans()).part("measuring layers", num_computations, "computations") as part:
+            return _measure(trial, device, recomputes, budget_s, others_measure, part.add)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"measuring two layers with micro-batches of {micro_batch_size} x {seq_length} tokens needs more memory than {device} has. "
@@ -207,7 +211,14 @@ class _Trial:
         return -(-left_over.num_bytes // 2)
 
 
-def _measure(trial: _Trial, device: torch.device, recomputes: bool, budget_s: float, others_measure: Callable[[], bool]) -> MeasuredCosts:
+def _measure(
+    trial: _Trial,
+    device: torch.device,
+    recomputes: bool,
+    budget_s: float,
+    others_measure: Callable[[], bool],
+    progress: Callable[[int], object],
+) -> MeasuredCosts:
     steps: dict[str, Callable[[], None]] = {
         "layer_forward_s": trial.layers_forward,
         **({"head_s": trial.head} if trial.with_head else {}),
@@ -219,11 +230,11 @@ def _measure(trial: _Trial, device: torch.device, recomputes: bool, budget_s: fl
     with torch.enable_grad():
         kept, left_over = trial.bytes_kept_per_layer(), trial.bytes_left_over_per_layer()
         trial.pair.recomputes = recomputes
-        _one_round(device, steps)  # the first makes the gradients that later ones are added to
+        _one_round(device, steps, progress)  # the first makes the gradients that later ones are added to
         if time.perf_counter() - started < WARM_UP_SHARE * budget_s:
-            _one_round(device, steps)
+            _one_round(device, steps, progress)
         while len(rounds) < MIN_ROUNDS or time.perf_counter() - started < budget_s or others_measure():
-            rounds.append(_one_round(device, steps))
+            rounds.append(_one_round(device, steps, progress))
     taken = {name: _lower_quartile([seconds[name] for seconds in rounds]) / (2 if name.startswith("layer") else 1) for name in steps}
     return MeasuredCosts(**taken, layer_activation_bytes=kept, layer_left_over_bytes=left_over, num_rounds=len(rounds))
 
@@ -233,7 +244,7 @@ def _lower_quartile(values: Sequence[float]) -> float:
     return sorted(values)[(len(values) - 1) // 4]
 
 
-def _one_round(device: torch.device, steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+def _one_round(device: torch.device, steps: Mapping[str, Callable[[], None]], progress: Callable[[int], object]) -> dict[str, float]:
     seconds = {}
     for name, step in steps.items():
         _finish(device)
@@ -241,6 +252,7 @@ def _one_round(device: torch.device, steps: Mapping[str, Callable[[], None]]) ->
         step()
         _finish(device)
         seconds[name] = time.perf_counter() - started
+        progress(1)
     return seconds
 
 

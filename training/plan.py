@@ -8,14 +8,14 @@ the same plan everywhere. Promises: nobody measures what no flag asks for; no cu
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from comms.probe import LinkTimes, time_link
+from comms.probe import ROUND_TRIPS, LinkTimes, time_link
 from comms.transport import make_transport
 from pipeline_parallel.partition import Cut, StageCost, best_cut, layers_that_fit, stage_seconds
 from pipeline_parallel.schedule import PipelineMode, extra_warmup_for, order
@@ -91,9 +91,14 @@ def agree_on_plan(job: Job, config: Config) -> PipelinePlan:
         others_measure=others_measure,
         build=partial(assemble_stage, config, precision=precision),
         held=_held_bytes(job, config),
+        spans=job.spans,
     )
     others_measure()  # also where there was no room to measure
-    mine = Measurement(costs=costs, memory_limit_bytes=limit, link=_time_links(job, config) if wants_links else None)
+    link = None
+    if wants_links:
+        with job.spans.part("measuring links", 2 * ROUND_TRIPS, "round trips") as part:
+            link = _time_links(job, config, part.add)
+    mine = Measurement(costs=costs, memory_limit_bytes=limit, link=link)
     measured = all_say(job, job.store, "measured", dataclasses.asdict(mine))
     return settle(job, config, [Measurement.from_fields(fields) for fields in measured])
 
@@ -188,8 +193,9 @@ def in_flight_of(config: Config, extra_warmup: tuple[int, ...]) -> tuple[int, ..
     return tuple(of_stage(stage, config.pp_mode) for stage in range(config.num_stages))
 
 
-def _time_links(job: Job, config: Config) -> LinkTimes | None:
-    """Of the link to the next stage; None on the last one. Every other link at a time, so that no two share a rank."""
+def _time_links(job: Job, config: Config, progress: Callable[[int], object]) -> LinkTimes | None:
+    """Of the link to the next stage; None on the last one. Every other link at a time, so that no two share a rank. ``progress`` hears of
+    every round trip."""
     place, found = job.place, None
     computed = precision_of(config, job.device).compute
     codecs = wire_codecs(config.wire_dtype, config.wire_dtype_grad or "none", _message_shape(job, config), job.device, computed)
@@ -197,6 +203,7 @@ def _time_links(job: Job, config: Config) -> LinkTimes | None:
         leads = place.pp % 2 == parity
         pair = job.groups.to_next if leads else job.groups.to_previous
         if pair is None:
+            progress(ROUND_TRIPS)
             continue
         peer = place.rank + (1 if leads else -1)
         transport = make_transport(
@@ -206,7 +213,8 @@ def _time_links(job: Job, config: Config) -> LinkTimes | None:
             device=job.device,
         )
         sizes = (codecs[0].num_bytes, codecs[1].num_bytes)
-        times = time_link(transport, leads=leads, num_bytes=sizes, device=job.device, peer_in_words=place.at(peer).in_words)
+        words = place.at(peer).in_words
+        times = time_link(transport, leads=leads, num_bytes=sizes, device=job.device, peer_in_words=words, progress=progress)
         transport.close()
         if leads:
             found = times

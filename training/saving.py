@@ -30,11 +30,13 @@ from tqdm import tqdm
 
 from checkpoint.layer_store import StepWeights, StepWriter, remove_old_steps
 from checkpoint.tensor_file import FileRecord, TensorSource, explained_disk_errors
+from comms.store_tunnel import another_connection
 from modules.stage import Stage
 from optim.build import AdamW
 from training.folders import Folders
 from training.job import COLLECTIVE_TIMEOUT, Job
 from training.measure import default_memory_limit
+from training.save_options import Best, SaveOptions
 from training.snapshot import HostCopy, LayerState, layers_of, num_bytes
 from user_error import UserError
 
@@ -43,27 +45,6 @@ log = logging.getLogger("trainer")
 BEST_FILE = "best.json"
 ROOM_BYTES = 2**20  # for headers, index and manifest
 STORE_PIECE_CHARS = 2**20  # a store takes no values of many MB
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveOptions:
-    """The flags --async-checkpoint, --checkpoint-optimizer and --keep-checkpoints (0: all)."""
-
-    is_async: bool
-    with_optimizer: bool
-    keep: int
-    is_snapshot: bool = False  # of those nobody needs to hear
-
-
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """What --keep-best spares: the step whose evaluation was the best so far, by which number, and that number."""
-
-    step: int
-    metric: str
-    value: float
-    loss: float  # decides between equal accuracies
-    data: str  # hex digits of what was evaluated: numbers of other data cannot be compared
 
 
 class StepNotSaved(UserError):
@@ -91,8 +72,7 @@ class Saver:
         self._writes, self._keeps = folders.writes(job.place), job.place.rank in folders.keepers
         self._weights = weights
         self._companions = _share_companions(job, folders, companions, name)
-        own = job.store.clone()  # type: ignore[attr-defined] # a connection of the writing thread's own
-        self._store = dist.PrefixStore(name, own)
+        self._store = dist.PrefixStore(name, another_connection(job.store, job.deadlines))  # the writing thread's own
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -124,7 +104,8 @@ class Saver:
         layers = self._layers() if self._writes else {}
         is_async = self._options.is_async and not is_last and self._has_room(layers)
         if is_async:
-            layers = self._host_copy.take(layers)
+            with self._job.spans.beside(self._options.waits, "copying what is saved", num_bytes(layers), "bytes") as part:
+                layers = self._host_copy.take(layers, part.add)
         work = _StepSave(
             job=self._job,
             folders=self._folders,
@@ -135,8 +116,7 @@ class Saver:
             position=position,
             trainer=None if trainer is None else self._completed(step, position, trainer),
             companions=self._companions,
-            keep=self._options.keep,
-            kind="snapshot" if self._options.is_snapshot else "checkpoint",
+            options=self._options,
             best=best,
             stood_still_s=time.perf_counter() - started if is_async else None,
         )
@@ -227,8 +207,7 @@ class _StepSave:
     position: int
     trainer: dict[str, Any] | None
     companions: Mapping[str, bytes]
-    keep: int
-    kind: str  # checkpoint or snapshot
+    options: SaveOptions
     best: Best | None
     stood_still_s: float | None  # of the training, before the writing; None: as long as it takes
 
@@ -258,7 +237,7 @@ class _StepSave:
             self.store.set(f"abandoned/{place.rank}", "1")  # the last save's failure ends the job, and nobody's before he has tidied up
             self.store.wait([f"abandoned/{rank}" for rank in self.folders.keepers], COLLECTIVE_TIMEOUT)
             if place.rank == 0:
-                log.error("error: the %s of step %d was not written, those before it stay. %s", self.kind, step, error)
+                log.error("error: the %s of step %d was not written, those before it stay. %s", self.options.kind, step, error)
             raise
         self._name_best()
         removed = self._remove_old()
@@ -268,7 +247,7 @@ class _StepSave:
             still = "meanwhile" if self.stood_still_s is None else f"for {self.stood_still_s:.2g} s"
             old = f"; removed {', '.join(removed)}" if removed else ""
             written = f"{tqdm.format_sizeof(size, 'B')} in {seconds:.1f} s"
-            say = log.debug if self.kind == "snapshot" else log.info
+            say = log.debug if self.options.is_snapshot else log.info
             say("saved %s (%s; training stood still %s%s)", self.writer.final, written, still, old)
 
     def _name_best(self) -> None:
@@ -284,14 +263,15 @@ class _StepSave:
 
     def _forget_best(self) -> None:
         """best.json of a run that kept the best, where this one does not: its step is not spared any more."""
-        if self.best is None and self.keep:
+        if self.best is None and self.options.keep:
             (self.writer.root / BEST_FILE).unlink(missing_ok=True)
 
     def _remove_old(self) -> list[str]:
         try:
             self._forget_best()
             spared = str(self.best.step) if self.best else None
-            return remove_old_steps(self.writer.root, self.writer.final, self.keep, spared=spared) if self.keep else []
+            keep = self.options.keep
+            return remove_old_steps(self.writer.root, self.writer.final, keep, spared=spared) if keep else []
         except (UserError, OSError) as error:
             log.warning("old checkpoints could not be removed (--keep-checkpoints): %s", error)
             return []
@@ -348,10 +328,13 @@ class _StepSave:
     def _write(self) -> list[dict[str, Any]]:
         self._outcomes("begun", [self.folders.keeper(self.job.place.rank)])
         records: list[FileRecord] = []
-        for key, layer in self.layers.items():
-            records.append(self.writer.write_layer(key, layer.weights, {name: self.weights.specs[name].dtype for name in layer.weights}))
-            if layer.train_state:
-                records.append(self.writer.write_train_state(key, layer.train_state))
+        title = f"writing the {self.options.kind} of step {self.writer.step}"
+        with self.job.spans.beside(self.options.waits, title, self._num_bytes, "bytes") as part:
+            for key, layer in self.layers.items():
+                dtypes = {name: self.weights.specs[name].dtype for name in layer.weights}
+                records.append(self.writer.write_layer(key, layer.weights, dtypes, part.add))
+                if layer.train_state:
+                    records.append(self.writer.write_train_state(key, layer.train_state, part.add))
         return [asdict(record) for record in records]
 
     def _prepare(self, wrote: Mapping[int, list[dict[str, Any]]]) -> None:

@@ -4,7 +4,7 @@ that is written while it does."""
 import contextlib
 import mmap
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,8 +79,9 @@ class HostCopy:
         self._preparing = threading.Thread(target=make, name="snapshot-room", daemon=True)
         self._preparing.start()
 
-    def take(self, layers: Mapping[str, LayerState]) -> dict[str, LayerState]:
-        """Copy everything; when this returns the originals may change. What was taken before is overwritten."""
+    def take(self, layers: Mapping[str, LayerState], progress: Callable[[int], object] = lambda num_bytes: None) -> dict[str, LayerState]:
+        """Copy everything; when this returns the originals may change. What was taken before is overwritten. ``progress`` hears the bytes
+        just copied."""
         if self._preparing is not None:
             self._preparing.join()
         copied: dict[int, Tensor] = {}  # a master is the parameter itself, or has it as a part: stored twice in the folder, copied once
@@ -91,6 +92,7 @@ class HostCopy:
                 if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
                     room = self._room[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 copied[tensor.data_ptr()] = room.copy_(tensor, non_blocking=True)
+                progress(tensor.nbytes)
             return copied[tensor.data_ptr()]
 
         def copy(kind: str, name: str, tensor: Tensor | Composed) -> Tensor | Composed:

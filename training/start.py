@@ -279,7 +279,7 @@ def _agree_on_base(job: Job, config: Config, point: ResumePoint | None) -> str |
 def _open_desk(job: Job, config: Config, start: Start, token: str, base: str | None, cleanup: ExitStack) -> ReadingDesk:
     """On rank 0. Raises UserError for tokenizers, data and batches that do not fit, and says what a resume changes."""
     encoder = load_text_encoder(config, job.model.path, job.model_config.vocab_size, loss_on=config.loss_on)
-    mixture = open_mixture(config, encoder)
+    mixture = open_mixture(config, encoder, job.spans)
     cleanup.callback(mixture.close)
     identity = data_identity(config, encoder, mixture)
     state, probe = None, None
@@ -298,7 +298,7 @@ def _open_desk(job: Job, config: Config, start: Start, token: str, base: str | N
         probe=probe,
         run_token=token,
         base_model=base,
-        validation=open_validation(config, encoder),
+        validation=open_validation(config, encoder, job.spans),
     )
 
 

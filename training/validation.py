@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.tensor_file import explained_disk_errors
+from comms.spans import EVALUATING, Spans
 from modules.stage import Stage
 from pipeline_parallel.decode import Decoder
 from tasks.encoding import Encoder
@@ -28,7 +29,7 @@ from training.evaluator import Evaluator
 from training.forward_only import make_decoder
 from training.gradient import GlobalGradient
 from training.job import Job, all_say
-from training.saving import Best
+from training.save_options import Best
 
 log = logging.getLogger("trainer")
 
@@ -90,13 +91,13 @@ class ValidationData:
     rules: PackingRules
 
 
-def open_validation(config: Config, encoder: TextEncoder) -> ValidationData | None:
+def open_validation(config: Config, encoder: TextEncoder, spans: Spans) -> ValidationData | None:
     """On rank 0: the records of --evaluation-data, None if there are none to be. Raises UserError for sources and records that are bad, or
     that cannot be judged as --evaluation-metric asks."""
     if config.evaluation_data is None:
         return None
     rules = ReadingRules(on_bad_record=config.on_bad_record, max_samples=config.max_eval_samples)
-    with sources_of(config, config.evaluation_data, rules).opened() as documents:
+    with sources_of(config, config.evaluation_data, rules, spans).opened() as documents:
         records = EvaluationSet(documents)
     if config.evaluation_metric == "accuracy":
         records.check_answerable()
@@ -134,6 +135,7 @@ class Validation:
         self._decoder, self._identity = decoder, identity
         self._config, self._data, self._root = config, data, root
         self._batch_size = config.evaluation_batch_size or config.batch_size
+        self._spans = job.spans
         self._is_rank_0 = job.place.rank == 0
         self._num_replicas = job.place.dp_size
         self._evaluator = Evaluator(job, gradient, decoder, batch_size=self._batch_size)
@@ -170,13 +172,21 @@ class Validation:
         if self._data is None:
             return self._evaluator.mean_loss(None)
         limit = self._config.evaluation_num_batch * self._batch_size * self._num_replicas or None
-        return self._evaluator.mean_loss(islice(self._data.records.sequences(self._data.encoder, self._data.rules), limit))
+        records = self._data.records
+        if limit is None:
+            part = self._spans.start_part(len(records.examples), "records", EVALUATING)
+            return self._evaluator.mean_loss(records.sequences(self._data.encoder, self._data.rules, part.add))
+        part = self._spans.start_part(limit, "sequences", EVALUATING)
+        first = islice(records.sequences(self._data.encoder, self._data.rules), limit)
+        return self._evaluator.mean_loss(first, on_progress=part.add)
 
     def _counts(self, step: int) -> Counts:
         """Judged on rank 0, which keeps the answers; told to all."""
         asked = None if self._prompts is None else [prompt.ids for prompt in self._prompts]
         eos_token_id = 0 if self._data is None else self._data.encoder.eos_token_id
-        generated = self._evaluator.answers(asked, max_new_tokens=self._max_new_tokens, eos_token_id=eos_token_id)
+        num, most = self._evaluator.agree(0 if asked is None else len(asked)), self._max_new_tokens
+        part = self._spans.start_part(self._evaluator.tokens_of(num, most), "tokens", "generating answers")
+        generated = self._evaluator.answers(asked, max_new_tokens=most, eos_token_id=eos_token_id, on_progress=part.add)
         counts = Counts(right=0, wrong=0, badly_formed=0)
         if self._prompts is not None and self._data is not None:
             rows = judged_rows(self._prompts, generated, self._data.encoder)
