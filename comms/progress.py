@@ -74,6 +74,7 @@ class ProgressLine:
                 total=1000,
                 bar_format="{desc}{bar}",
                 ncols=None if has_size else 100,
+                nrows=None if has_size else 24,
                 dynamic_ncols=has_size,
                 leave=False,
                 file=sys.stderr,

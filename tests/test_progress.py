@@ -170,13 +170,14 @@ def in_step(done: int, doing: str, total: int = 16) -> Beat:
 
 def test_a_step_of_more_than_half_a_minute_says_where_it_is() -> None:
     overview = Overview(names)
-    assert overview.look({0: in_step(0, "waiting for data", 0), 1: in_step(0, "waiting for data", 0)}, 0.0) is None
-    assert overview.look({0: in_step(0, "forward of micro-batch 0"), 1: in_step(0, "forward of micro-batch 0")}, 2.0) is None
-    beats = {0: in_step(4, "forward of micro-batch 6"), 1: in_step(5, "receiving activations of micro-batch 6")}
+    assert overview.look(dict.fromkeys(range(3), in_step(0, "waiting for data", 0)), 0.0) is None
+    assert overview.look(dict.fromkeys(range(3), in_step(0, "forward of micro-batch 0")), 2.0) is None
+    waiting = replace(in_step(4, "receiving gradients of micro-batch 4"), waits=True, for_s=9.0)
+    beats = {0: waiting, 1: in_step(5, "loss of micro-batch 5"), 2: replace(in_step(6, "waiting for sends"), waits=True)}
     assert overview.look(beats, STEP_S - 0.5) is None
     shown = overview.look(beats, STEP_S + 2)
     assert shown is not None
-    assert shown.text == "step 3: rank 0 4 of 16 micro-batches (25 %) done, ETA 1:30 (now forward of micro-batch 6)"
+    assert shown.text == "step 3: 4 of 16 micro-batches (25 %) done, ETA 1:30 (rank 1 is in loss of micro-batch 5)"
     shown = overview.look({0: in_step(16, "update"), 1: in_step(16, "allreduce")}, STEP_S + 100)
     assert shown is not None and shown.text == "step 3, update: rank 0 for 2:10 so far"
 

@@ -114,9 +114,19 @@ class Overview:
         if not seen.is_counted:
             return Shown(about=beat.part, text=f"{beat.doing}: {who}for {duration(now - seen.since)} so far", share=None)
         done, left = amount(beat.done, beat.total, beat.unit), eta_in_words(seen.eta_s(now))
+        text = f"{beat.part}: {who}{done}, {left}"
         if beat.part.startswith(STEP):
-            done, left = f"{done} done", f"{left} (now {beat.doing.removeprefix(f'{beat.part}, ')})"
-        return Shown(about=beat.part, text=f"{beat.part}: {who}{done}, {left}", share=seen.share)
+            text = f"{beat.part}: {done} done, {left} ({self._at_work(rank)})"
+        return Shown(about=beat.part, text=text, share=seen.share)
+
+    def _at_work(self, rank: int) -> str:
+        """Which rank keeps a step waiting, and with what: of those in the step of ``rank`` the one that has been longest at something
+        that is no waiting."""
+        part = self._seen[rank].beat.part
+        working = {other: s.beat.for_s for other, s in self._seen.items() if s.beat.part == part and not s.beat.waits}
+        rank = max(working, key=lambda other: working[other], default=rank)
+        who, doing = self._describe(rank), self._seen[rank].beat.doing.removeprefix(f"{part}, ")
+        return f"{who} is in {doing}" if who else f"now {doing}"
 
 
 @contextlib.contextmanager

@@ -73,6 +73,7 @@ class Report:
                 initial=first_step,
                 bar_format="{desc}ETA {remaining} |{bar}|",  # a narrow terminal cuts the end off
                 ncols=None if has_size else 100,
+                nrows=None if has_size else 24,
                 dynamic_ncols=has_size,
                 disable=not sys.stderr.isatty(),
                 file=sys.stderr,
