@@ -1,4 +1,4 @@
-"""How two optional packages are imported: bitsandbytes only where something of it is asked for, and peft without it.
+"""How two optional packages are imported: bitsandbytes where it is asked for, peft without it.
 
 peft imports bitsandbytes wherever it finds it, for layers of its own in 4 and 8 bits, of which none
 is used here: our frozen linears (quantized.py) are nn.Linear to it. That costs 3 s of every start,
@@ -43,7 +43,7 @@ def without_bitsandbytes() -> Iterator[None]:
     if "bitsandbytes" in sys.modules:
         yield
         return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment] # makes `import bitsandbytes` fail
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment] # an import of it fails then
     try:
         yield
     finally:

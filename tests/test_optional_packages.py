@@ -44,10 +44,14 @@ def test_no_script_imports_bitsandbytes_unless_it_is_asked_for(
             train_argv(**small, checkpoint_path=plain),
             train_argv(**small, **lora, checkpoint_path=adapted),
         ],
-        "dist_clm_eval": [train_argv(**evaluation, model_name=folder) for folder in (plain, adapted)],
+        "dist_clm_eval": [
+            train_argv(**evaluation, model_name=folder) for folder in (plain, adapted)
+        ],
         "convert_to_hf_gptj": [
             train_argv(ckpt_path=plain, save_path=exported),
-            train_argv(ckpt_path=model_folder, merge_adapter=adapted, save_path=tmp_path / "merged"),
+            train_argv(
+                ckpt_path=model_folder, merge_adapter=adapted, save_path=tmp_path / "merged"
+            ),
         ],
         "exported": str(exported),
     }

@@ -22,9 +22,16 @@ SHARED = Threads(4, "8 cores / 2 ranks here")
         (None, {"OMP_NUM_THREADS": "1"}, Threads(1, "OMP_NUM_THREADS")),
         (None, {"OMP_NUM_THREADS": "1", **TORCHRUN}, SHARED),
         (None, {"OMP_NUM_THREADS": "2", **TORCHRUN}, Threads(2, "OMP_NUM_THREADS")),
-        (None, {"OMP_NUM_THREADS": "1", **TORCHRUN, "LOCAL_WORLD_SIZE": "1"}, Threads(1, "OMP_NUM_THREADS")),
+        (
+            None,
+            {"OMP_NUM_THREADS": "1", **TORCHRUN, "LOCAL_WORLD_SIZE": "1"},
+            Threads(1, "OMP_NUM_THREADS"),
+        ),
         (None, {"OMP_NUM_THREADS": ""}, SHARED),
-        *((None, {"OMP_NUM_THREADS": wrong}, SHARED._replace(ignored=wrong)) for wrong in ("abc", "0", "-1", "9999", "2x")),
+        *(
+            (None, {"OMP_NUM_THREADS": wrong}, SHARED._replace(ignored=wrong))
+            for wrong in ("abc", "0", "-1", "9999", "2x")
+        ),
     ],
 )
 def test_the_number_of_threads_is_the_users_word_before_it_is_a_share_of_the_cores(
@@ -42,16 +49,36 @@ def test_more_ranks_than_cores_compute_with_one_thread_each() -> None:
     ("value", "said"),
     [
         ("1", ["1 compute thread per rank (OMP_NUM_THREADS)"]),
-        ("many", ["OMP_NUM_THREADS must be a number of threads, 1 .. 4096; it is 'many' and is ignored", "2 ranks here)"]),
+        (
+            "many",
+            [
+                "OMP_NUM_THREADS must be a number of threads, 1 .. 4096; it is 'many' and is ignored",
+                "2 ranks here)",
+            ],
+        ),
     ],
 )
 def test_a_run_says_on_whose_word_it_computes_with_so_many_threads(
-    value: str, said: list[str], model_folder: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    value: str,
+    said: list[str],
+    model_folder: Path,
+    tasks: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It was overruled without a word."""
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})  # one thread in any case: OpenMP's pool does not survive a fork
-    flags = {"model_name": model_folder, "task_name": tasks[0], "checkpoint_path": tmp_path / "run", "seq_length": 32}
-    ranks = train(tmp_path / "ranks", stages=2, num_threads=None, total_steps=1, batch_size=1, **flags)
+    monkeypatch.setattr(
+        "os.sched_getaffinity", lambda pid: {0, 1}
+    )  # one thread in any case: OpenMP's pool does not survive a fork
+    flags = {
+        "model_name": model_folder,
+        "task_name": tasks[0],
+        "checkpoint_path": tmp_path / "run",
+        "seq_length": 32,
+    }
+    ranks = train(
+        tmp_path / "ranks", stages=2, num_threads=None, total_steps=1, batch_size=1, **flags
+    )
     for text in said:
         assert text in ranks[0].text

@@ -37,6 +37,7 @@ from training.data import TextEncoder, load_text_encoder, sources_of
 from training.evaluation_config import EvalConfig
 from training.evaluation_results import Answers, EvaluationResults, about, check_drawable, check_writable, judged_rows
 from training.evaluator import Evaluator
+from training.fitting import check_evaluation_fits
 from training.forward_only import ForwardOnly
 from training.job import Job, all_say
 from training.meeting import Meetings
@@ -73,6 +74,7 @@ def evaluate_rank(config: EvalConfig) -> EvaluationResults | None:
         job.spans.enter_phase("preparing the evaluation")
         if job.place.rank == 0 and job.device.type == "cpu":
             log.info("rank 0 on %s, %s", job.device, describe_threads(config, job))
+        check_evaluation_fits(job, job_config)
         desk = _open_desk(job, config) if job.place.rank == 0 else None
         length = int(all_say(job, job.store, "evaluation length", None if desk is None else desk.length)[0])
         job.spans.enter_phase("loading weights")

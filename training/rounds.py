@@ -24,6 +24,7 @@ from comms.links import PeerLost
 from comms.place import place_of
 from training.config import Config
 from training.epochs import with_total_steps
+from training.fitting import check_training_fits
 from training.folders import Folders, find_folders
 from training.job import Job, MeetAgain, all_say
 from training.limits import Limits
@@ -128,6 +129,7 @@ class Rounds:
         config = self._config
         if config.profiling == "tidy_profiling" and job.place.rank == 0:
             check_trace_path(config.trace_file)
+        check_training_fits(job, config, is_first=is_first)
         config = with_total_steps(job, config)
         start, desk = agree(job, config, self._held, run_token=self._run_token)
         self._run_token = desk.run_token if desk is not None else None

@@ -26,7 +26,7 @@ class Threads(NamedTuple):
 def compute_threads(
     flag: int | None, environment: Mapping[str, str], cores: int, ranks_here: int
 ) -> Threads:
-    """``flag`` (--num-threads), else OMP_NUM_THREADS, else ``cores`` shared by the ranks of this host.
+    """``flag`` (--num-threads), else OMP_NUM_THREADS, else the ``cores`` shared by the ranks here.
 
     A list such as 4,2 is for nested regions, of which there are none: its first number counts.
     torchrun sets OMP_NUM_THREADS to 1 itself where a host has several workers, so there a 1 is
