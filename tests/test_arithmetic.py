@@ -63,6 +63,27 @@ def test_the_bits_of_a_product_do_not_depend_on_where_its_factors_lie(shape: tup
     assert (expected - exact).norm() / exact.norm() < 1e-6, "fp32, not a shorter format"
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_bf16_on_a_processor_without_units_for_it_is_summed_in_fp32_and_rounded_once(
+    is_transposed: bool, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own loops for it took 260 times as long as fp32 for the product of a backward: GPT-J's first step never ended."""
+    monkeypatch.setattr(gemm, "_HAS_BF16", False)
+    monkeypatch.setattr(gemm, "WIDENED_BYTES", 4 * 7 * (48 + 10))  # seven rows of the weight: the last block is a part
+    x = drawn(2, 5, 48).bfloat16()
+    weight = drawn(48, 100, seed=1).bfloat16().t() if is_transposed else drawn(100, 48, seed=1).bfloat16()
+    bias = drawn(100, seed=2).bfloat16() if has_bias else None
+    blocks: list[int] = []
+    product = gemm._in_fp32
+    monkeypatch.setattr(gemm, "_in_fp32", lambda x, weight, bias: (blocks.append(len(weight)), product(x, weight, bias))[1])
+    seen = gemm.linear(x, weight, bias)
+    assert blocks == [7] * 14 + [2]
+    assert (seen.dtype, seen.shape, seen.is_contiguous()) == (torch.bfloat16, (2, 5, 100), True)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert ((seen.double() - exact).abs() <= exact.abs() * 2.0**-8 * 1.001 + 1e-5).all(), "half a place of bf16"
+
+
 @pytest.mark.parametrize("rotary_dim", [8, 16])
 def test_rotation_turns_pairs_by_position_times_frequency(rotary_dim: int) -> None:
     x, positions = drawn(2, 5, 3, 16), torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])

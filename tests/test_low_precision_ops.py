@@ -8,6 +8,7 @@ from harness import REPOSITORY
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modules import gemm
 from modules.gptj import GPTJConfig
 from modules.gptneox import GPTNeoXConfig
 from modules.lm_ops import (
@@ -303,6 +304,8 @@ def test_the_peak_memory_of_the_head_does_not_depend_on_the_number_of_tokens(
             beyond[name].append(peak - problem.hidden.nbytes)
     one_chunk, weight = 256 * vocab * 4, vocab * width * 4
     slack = 64 << 10  # what belongs to the rows of a chunk
+    if device == "cpu" and dtype == torch.bfloat16 and not gemm._HAS_BF16:
+        slack += min(gemm.WIDENED_BYTES, one_chunk + weight)  # a block of the weight and its logits, in fp32
     first, *others = beyond["chunked"]
     assert max(others) - min(others) <= slack, beyond
     assert first <= min(others) + slack, beyond
