@@ -295,6 +295,7 @@ class Meetings:
             host.hub.wait_until_loss_told(TELL_LOSS_S)
         if self._config.world_size == 1:  # a program may go on; a rank that others wait for may not, and would wait for them here
             _leave_groups()
+            lifeline.leave()  # which the hub waits for
             if host is not None:
                 host.hub.close()
 
