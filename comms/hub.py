@@ -118,7 +118,8 @@ class Hub:
         return self._heard.get(rank, -math.inf)
 
     def last_words(self, rank: int) -> str:
-        """Such as `` (last heard of 31.2 s ago, for 310.0 s in step 12, forward of micro-batch 3)`` of a rank of this meeting. Any thread."""
+        """Such as `` (last heard of 31.2 s ago, for 310.0 s in step 12, forward of micro-batch 3)`` of a rank of this meeting.
+        Any thread may ask."""
         member = self._verdict.members.get(rank)
         return "" if member is None else f" ({member.pulse.last_words(time.monotonic())})"
 

@@ -42,8 +42,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """When the worker is given up, in restarts, seconds and failures. max_restarts: None for no limit; silence_s: without a beat, from the
-    first one on; start_s: without the first one, before which Python reads its packages, from whatever disk; pauses before a restart: after an attempt that got further than all before it, and
-    otherwise doubling from first_pause_s; num_crashes: failures of its own in a row, without getting further, that end it in any case."""
+    first one on; start_s: without the first one, before which Python reads its packages, from whatever disk; pauses before a restart:
+    after an attempt that got further than all before it, and otherwise doubling from first_pause_s; num_crashes: failures of its own in a
+    row, without getting further, that end it in any case."""
 
     who: str = "supervisor"
     max_restarts: int | None = None
