@@ -15,7 +15,8 @@ from dataclasses import dataclass
 class Deadlines:
     """All in seconds.
 
-    silent_s: without a beat until a rank is lost. A beat goes out twice a second from a thread that does nothing else.
+    silent_s: without a beat until a rank is lost. A beat goes out twice a second from a thread that does nothing else. Three times the
+        longest time between two that was ever seen: 9.4 s, on two cores with 50 processes that wanted them (docs/LOG.md, 2026-11-28).
     step_s: without progress inside a step, and ten of the longest steps so far where that is more. A span, a bucket, a message or a record
         that was read is progress.
     first_step_s: the same while no step has ended, so that nobody knows how long one takes.
@@ -33,7 +34,7 @@ class Deadlines:
     cause_s: beyond silent_s, for what rank 0 says of a failure.
     """
 
-    silent_s: float = 15.0
+    silent_s: float = 30.0
     step_s: float = 300.0
     first_step_s: float = 1800.0
     outside_s: float = 6 * 3600.0

@@ -294,8 +294,8 @@ def test_flags_make_a_policy() -> None:
     policy = supervise.policy_for(Config(rank=2, max_restarts=3, peer_timeout="90"))
     assert (policy.who, policy.max_restarts, policy.silence_s) == ("rank2 supervisor", 3, 90)
     policy = supervise.policy_for(Config(rank=2, max_restarts=3, supervise=True, peer_timeout="5"))
-    assert (policy.max_restarts, policy.silence_s) == (None, 30)
-    assert supervise.policy_for(Config(max_restarts=1)).silence_s == 30
+    assert (policy.max_restarts, policy.silence_s) == (None, 45)
+    assert supervise.policy_for(Config(max_restarts=1)).silence_s == 45
 
 
 def test_under_torchrun_nobody_else_restarts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

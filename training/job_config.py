@@ -52,7 +52,7 @@ class JobConfig:
     rendezvous_timeout: float = flag(300.0, "seconds within which all ranks must have come, else the missing ones are named", group=MEETING)
     peer_timeout: str = flag(
         "auto",
-        "seconds without a sign of life, or without any progress inside a step, after which a rank is taken for lost; auto: 15 without a "
+        "seconds without a sign of life, or without any progress inside a step, after which a rank is taken for lost; auto: 30 without a "
         "sign, and ten of the longest steps so far (five minutes at least) without progress",
         group=MEETING,
     )
