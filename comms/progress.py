@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 FIRST_S, EVERY_S = 3.0, 10.0
 LOOK_S = 0.5
@@ -118,7 +119,8 @@ def counted(title: str, total: int, unit: str = BYTES) -> Iterator[Callable[[int
     shower = threading.Thread(target=keep_showing, name="progress", daemon=True)
     shower.start()
     try:
-        yield add
+        with logging_redirect_tqdm():  # log lines above the bar
+            yield add
     finally:
         has_ended.set()
         shower.join()
