@@ -110,7 +110,7 @@ def test_store_hub_and_gloo_use_the_chosen_interface_only(
             # on loopback: torch's store, and every rank's own way to it (comms/store_tunnel.py)
             assert local_addresses(process.pid, LISTEN) == {f"10.81.2.{number}", "127.0.0.1"}
             assert local_addresses(process.pid, ESTABLISHED) == {f"10.81.2.{number}", "127.0.0.1"}
-        assert [process.wait(60) for process in processes] == [0, 0], said()
+        assert [process.wait(240) for process in processes] == [0, 0], said()
         assert log_rows(tmp_path / "run")[-1]["step"] == NUM_STEPS
     finally:
         for process in processes:
