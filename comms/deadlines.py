@@ -40,7 +40,7 @@ class Deadlines:
     outside_s: float = 6 * 3600.0
     handshake_s: float = 30.0
     answer_s: float = 60.0
-    connect_s: float = 20.0
+    connect_s: float = 30.0
     link_back_s: float = 30.0
     refused_s: float = 3.0
     suspicion_s: float = 2.0

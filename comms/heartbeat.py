@@ -22,7 +22,7 @@ class Beat:
     """What a rank says of itself. doing: in words; for_s: seconds since it began that, or last got on with it; moves: counts what it has
     begun; is_in_step, waits: whether it is inside a training step, and there for another rank; longest_step_s: so far, 0 before the first
     has ended. part: the phase, the step or the part of them that is counted; done, total: items or bytes of it, total 0 where that is
-    not known; unit: of both, in the plural."""
+    not known; unit: of both, in the plural. stood_still_s: for which its process did not run, in all since the meeting began."""
 
     doing: str
     for_s: float
@@ -34,6 +34,7 @@ class Beat:
     done: int = 0
     total: int = 0
     unit: str = ""
+    stood_still_s: float = 0.0
 
     @classmethod
     def from_json(cls, fields: Any) -> "Beat":
@@ -54,6 +55,7 @@ _KINDS = {
     "done": int,
     "total": int,
     "unit": str,
+    "stood_still_s": float,
 }
 
 
@@ -69,6 +71,8 @@ class Pulse:
         """A beat has come."""
         if self.beat is None or beat.moves != self.beat.moves:
             self.moved_at = now - beat.for_s
+        else:  # a process that is stopped, or gets no processor, cannot get on meanwhile
+            self.moved_at += max(0.0, beat.stood_still_s - self.beat.stood_still_s)
         self.beat, self.came_at = beat, now
 
     def is_stuck(self, now: float, limit_s: float) -> bool:
@@ -126,14 +130,8 @@ def find_overdue(pulses: Mapping[int, Pulse], now: float, deadlines: Deadlines) 
 
     A silent rank comes first. Then one that is at work inside a step and does not get on, or any of them where all wait for each other.
     Last, where a rank is outside of steps, one of those of which none has got on at all for a very long time."""
-    silent = [(pulse.came_at, rank) for rank, pulse in pulses.items() if now - pulse.came_at > deadlines.silent_s]
-    if silent:
-        came_at, rank = min(silent)
-        return Overdue(
-            rank,
-            f"has given no sign of life for {now - came_at:.0f} s (--peer-timeout); it was {pulses[rank].last_words(now)}. Its process may "
-            "be stopped, its machine suspended or overloaded, or its network cut",
-        )
+    if (silent := find_silent(pulses, now, deadlines)) is not None:
+        return silent
     longest = max((pulse.beat.longest_step_s for pulse in pulses.values() if pulse.beat is not None), default=0.0)
     stuck = {rank: pulse for rank, pulse in pulses.items() if pulse.is_stuck(now, stuck_after_s(deadlines, longest))}
     in_step = {rank: pulse for rank, pulse in stuck.items() if pulse.beat is not None and pulse.beat.is_in_step}
@@ -144,6 +142,19 @@ def find_overdue(pulses: Mapping[int, Pulse], now: float, deadlines: Deadlines) 
         at_work = {rank: pulse for rank, pulse in pulses.items() if pulse.beat is not None and not pulse.beat.waits}
         return _stuck(at_work or pulses, now, all_wait=not at_work)
     return None  # those who wait may wait for one that gets on, or that is not in a step
+
+
+def find_silent(pulses: Mapping[int, Pulse], now: float, deadlines: Deadlines) -> Overdue | None:
+    """The rank that has been silent for longest, if it is for too long."""
+    silent = [(pulse.came_at, rank) for rank, pulse in pulses.items() if now - pulse.came_at > deadlines.silent_s]
+    if not silent:
+        return None
+    came_at, rank = min(silent)
+    return Overdue(
+        rank,
+        f"has given no sign of life for {now - came_at:.0f} s (--peer-timeout); it was {pulses[rank].last_words(now)}. Its process may "
+        "be stopped, its machine suspended or overloaded, or its network cut",
+    )
 
 
 def _stuck(ranks: Mapping[int, Pulse], now: float, *, all_wait: bool) -> Overdue:

@@ -34,10 +34,11 @@ from typing import Any
 
 from comms.gate import Gate, read_line
 from comms.handshake import Session
-from comms.heartbeat import BEAT_S, Beat, Pulse, Standstill, find_overdue, stuck_after_s
+from comms.heartbeat import BEAT_S, Beat, Pulse, Standstill, find_overdue, find_silent, stuck_after_s
 from comms.members import Member, Rules, Verdict, outlives
 from comms.roster import Hello, find_problem, not_alike
 from comms.secret import Secret
+from comms.spans import COMING
 
 log = logging.getLogger("trainer")
 
@@ -75,6 +76,7 @@ class Hub:
         self._others_told, self._all_done, self._loss_told = threading.Event(), threading.Event(), threading.Event()
         self._replica_is_back, self._all_left, self._retired = threading.Event(), threading.Event(), threading.Event()
         self._heard: dict[int, float] = {}  # time.monotonic() of the last sign of each rank of this meeting
+        self._again_at = math.inf  # time.monotonic()
         self._standstill = Standstill(time.monotonic())
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -174,7 +176,9 @@ class Hub:
             self._stop.set()
 
     async def _refuse_at_deadline(self) -> None:
-        await self._wait_for_the_missing(self._deadline_s)
+        await self._wait_for_the_missing(self._deadline_s, min)
+        while self._rules.grace_s and not self._grace_passed:  # perhaps the others can go on without those that are missing
+            await asyncio.sleep(BEAT_S)
         if self._verdict.formed is None and self._verdict.refused is None:
             self._deadline_passed = True
             last_words = self._before.last_words if self._before is not None else lambda rank: ""
@@ -188,7 +192,7 @@ class Hub:
             )
 
     async def _form_after_grace(self) -> None:
-        await self._wait_for_the_missing(self._rules.grace_s)
+        await self._wait_for_the_missing(self._rules.grace_s, max)
         self._grace_passed = True
         self._form_if_ready()
 
@@ -196,15 +200,21 @@ class Hub:
     def _missing(self) -> list[int]:
         return [rank for rank in range(self._world_size) if rank not in self._verdict.members]
 
-    async def _wait_for_the_missing(self, within_s: float) -> None:
-        """Until all have come, or one of the missing ranks has given no sign for so long, in the meeting before this one either."""
+    async def _wait_for_the_missing(self, within_s: float, of: Callable[[list[float]], float]) -> None:
+        """Until all have come, or one of the missing ranks (``of`` = min), or all of them that are not known to be lost (max), have given
+        no sign for so long: here, or in the meeting before this one."""
         began, before = time.monotonic(), self._before
         while missing := self._missing:
-            signs = [max(began, before.heard_at(rank)) if before is not None else began for rank in missing]
-            left = min(signs) + within_s - time.monotonic()
+            alive = [rank for rank in missing if rank not in self._rules.dead]
+            heard = [max(self.heard_at(rank), began if before is None else before.heard_at(rank)) for rank in alive]
+            now = time.monotonic()
+            left = max(began, of(heard or [began])) + within_s - now
             if left <= 0:
                 return
-            await asyncio.sleep(min(left, BEAT_S) if before is not None else left)
+            pause = min(left, BEAT_S)
+            await asyncio.sleep(pause)
+            if (missed := time.monotonic() - now - pause) > BEAT_S:  # this process stood still, and has signs to read
+                began += missed
 
     async def _serve_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, session: Session) -> None:
         hello = Hello.from_json(session.open(await asyncio.wait_for(read_line(reader), self._deadlines.handshake_s)))
@@ -226,7 +236,11 @@ class Hub:
         verdict, now = self._verdict, time.monotonic()
         member = Member(hello, writer, session, Pulse(came_at=now, moved_at=now))
         if verdict.again is not None:
-            member.send({"again": verdict.again})
+            # rank 0 opens the next door when it has ended what it is in, if it gets on with that
+            if now - max(self._again_at, self.heard_at(0)) > self._deadlines.link_back_s:
+                member.send({"refused": f"rank 0 does not come to the next meeting{self.last_words(0)}", "restart_helps": True})
+            else:
+                member.send({"again": verdict.again})
             return None
         if verdict.formed is not None:
             return self._admit_late(member)
@@ -333,7 +347,8 @@ class Hub:
     def _feel(self, member: Member, beat: Beat) -> None:
         now = time.monotonic()
         member.pulse.feel(beat, now)
-        limit = stuck_after_s(self._deadlines, beat.longest_step_s) if beat.is_in_step else self._deadlines.outside_s
+        is_short = beat.is_in_step or beat.doing == COMING
+        limit = stuck_after_s(self._deadlines, beat.longest_step_s) if is_short else self._deadlines.outside_s
         if not member.pulse.is_stuck(now, limit):
             self._heard[member.hello.rank] = now
 
@@ -364,6 +379,7 @@ class Hub:
         if member.is_done or verdict.refused is not None or verdict.members.get(rank) is not member:
             return
         if verdict.formed is None:
+            self._heard[rank] = time.monotonic()
             del verdict.members[rank]
             if not member.hello.comes_back and self._rules.is_first_meeting:
                 self._refuse(f"{member.hello.in_words} went away while the ranks were meeting")
@@ -403,9 +419,9 @@ class Hub:
                 else:
                     self._lose(member, text, restart_helps=True)
             waiting = {rank: member.pulse for rank, member in verdict.waiting.items()}
-            while (overdue := find_overdue(waiting, now, self._deadlines)) is not None:  # nobody waits for it
-                del waiting[overdue.rank]
-                verdict.waiting[overdue.rank].writer.transport.abort()
+            while (silent := find_silent(waiting, now, self._deadlines)) is not None:  # nobody waits for it
+                del waiting[silent.rank]
+                verdict.waiting[silent.rank].writer.transport.abort()
 
     @property
     def _is_over(self) -> bool:
@@ -446,7 +462,7 @@ class Hub:
     def _again(self, text: str) -> None:
         if self._is_over:
             return
-        self._verdict.again = text
+        self._verdict.again, self._again_at = text, time.monotonic()
         everybody = {**self._verdict.members, **self._verdict.waiting}
         for _, member in sorted(everybody.items(), reverse=True):
             member.send({"again": text})

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from comms.connections import keep_alive
@@ -31,7 +31,7 @@ class NotLetIn(UserError):
 
 
 class _MeetAgain(Exception):
-    """The meeting at the door is ending; the next one begins in a moment. Its argument: whether rank 0 said so itself."""
+    """The meeting at the door is ending; the next one begins in a moment. Its argument: whether rank 0 has been heard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Lifeline:
         self._lines = _Lines(self._connection)
         self._connection.settimeout(min(self._handshake_s, self._deadline_s))
         self._session = self._shake_hands(hello.in_words)
-        may_retry = self._is_known
+        has_heard = False
         self._connection.settimeout(max(self._handshake_s, self._silent_s))  # the hub ticks while it waits, too
         try:
             self._write(asdict(hello))
@@ -125,12 +125,13 @@ class Lifeline:
                     raise ConnectionError("it has ended the connection")
                 if is_asked_to_stop():
                     raise KeyboardInterrupt
+                has_heard = True
                 if "tick" in said:
                     self._write({"beat": asdict(_IDLE)})
                 elif "again" in said:
                     raise _MeetAgain(True)
                 elif "wait" in said:
-                    may_retry = True
+                    self._is_known = True
                     on_wait(str(said["wait"]))
                 elif "refused" in said:
                     raise _refused(str(said["refused"]), restart_helps=bool(said.get("restart_helps")))
@@ -139,8 +140,8 @@ class Lifeline:
         except UserError:
             raise
         except (OSError, ValueError) as error:
-            if may_retry:
-                raise _MeetAgain(False) from error
+            if self._is_known:
+                raise _MeetAgain(has_heard) from error
             text = f"rank 0 at {self._place} stopped answering while the ranks were meeting ({error}); see its output"
             raise _refused(text, restart_helps=True) from error
 
@@ -242,9 +243,12 @@ class Lifeline:
 
     def _keep_beating(self, beat: Callable[[], Beat], has_lost_connection: Callable[[], bool]) -> None:
         beats_since_loss = 0
+        stood_still_s, beat_at = 0.0, time.monotonic()
         with contextlib.suppress(OSError):
             while not self._ended.wait(BEAT_S) and not self._all_done.is_set():
-                self._write({"beat": asdict(beat())})
+                missed_s, beat_at = time.monotonic() - beat_at - BEAT_S, time.monotonic()
+                stood_still_s += missed_s if missed_s > BEAT_S else 0.0
+                self._write({"beat": asdict(replace(beat(), stood_still_s=stood_still_s))})
                 beats_since_loss = beats_since_loss + 1 if has_lost_connection() else 0
                 if beats_since_loss == BEATS_UNTOLD:
                     self.report_broken("a connection of its own has ended, and nobody who waits for it was told")

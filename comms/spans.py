@@ -36,6 +36,7 @@ WAITING = frozenset({"recv", "send", "allreduce", "data-wait"})  # categories of
 WAITING_FOR_DATA = "waiting for data"  # which another thread of rank 0 reads
 SAVING, KEEPING = "saving a checkpoint", "keeping a snapshot"  # a thread may write meanwhile what was begun before
 WAITING_FOR_CHECKPOINT = "waiting for the checkpoint to be written"
+COMING = "coming to the next meeting"  # after one that has broken off
 EVALUATING = "evaluating"  # around the spans of an evaluation: who is in it may be waiting for any other rank
 OTHER = "other"  # the category of every other name: checkpoints, barriers
 
@@ -82,6 +83,7 @@ class Spans:
         self._longest_step_s = 0.0
         self._current: tuple[str, int | None] = ("starting", None)
         self._since, self._moves = clock(), 0
+        self.reads_data = False  # whether it is this rank's own thread that it waits for where it waits for data
         self._part = Part(self._moved, "starting")
         self._beside: dict[str, Part] = {}  # span -> what another thread counts meanwhile
 
@@ -173,11 +175,11 @@ class Spans:
             for_s=max(0.0, self.clock() - self._since),
             moves=self._moves,
             is_in_step=self._step is not None and (name in CATEGORIES or name == EVALUATING),
-            waits=CATEGORIES.get(name) in WAITING or name == EVALUATING,
+            waits=(CATEGORIES.get(name) in WAITING or name == EVALUATING) and not (self.reads_data and name == WAITING_FOR_DATA),
             longest_step_s=self._longest_step_s,
             part=part.name,
-            done=part.done,
-            total=part.total,
+            done=int(part.done),
+            total=int(part.total),
             unit=part.unit,
         )
 

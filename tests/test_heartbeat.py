@@ -1,5 +1,7 @@
 """Who is taken for lost: the rules, with times of a test's own."""
 
+import dataclasses
+
 import pytest
 
 from comms.deadlines import DEADLINES
@@ -57,6 +59,27 @@ def test_the_limit_follows_the_longest_step() -> None:
         assert lost(slow, peer_timeout_s=peer_timeout_s) == 0
     assert lost(pulse(still_s=FIRST_STEP_S - 1, longest_step_s=0.0)) is None
     assert lost(pulse(still_s=FIRST_STEP_S + 1, longest_step_s=0.0)) == 0
+
+
+def test_time_in_which_a_process_does_not_run_is_not_held_against_it() -> None:
+    """Stopped for 12 of every 12.25 s, it takes 50 times as long for a span."""
+    alive = Beat(doing="a test", for_s=0.0, moves=1, is_in_step=True, waits=False, longest_step_s=1.0)
+    one = Pulse(came_at=NOW, moved_at=NOW, beat=alive)
+    for n in range(1, 100):
+        one.feel(dataclasses.replace(alive, stood_still_s=12.0 * n), NOW + 12.25 * n)
+        assert find_overdue({0: one}, NOW + 12.25 * n, DEADLINES) is None
+    hangs = Pulse(came_at=NOW, moved_at=NOW, beat=alive)
+    hangs.feel(alive, NOW + STUCK_S + 1)
+    assert find_overdue({0: hangs}, NOW + STUCK_S + 1, DEADLINES) is not None
+
+
+def test_rank_0_works_while_it_reads_its_data_and_the_others_wait_for_that() -> None:
+    for reads in (True, False):
+        spans = Spans()
+        spans.reads_data = reads
+        spans.enter_step(3)
+        with spans.span("waiting for data"):
+            assert spans.beat.waits is not reads
 
 
 @pytest.mark.parametrize(

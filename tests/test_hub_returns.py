@@ -151,3 +151,81 @@ def test_where_the_replica_of_rank_0_holds_nothing_whole_all_go_back_together() 
         assert roster_of(ranks[0].hear()) == [0, 1, 2, 3]
         for one in ranks.values():
             one.close()
+
+
+def test_whoever_comes_hears_it_where_rank_0_does_not_get_to_the_next_meeting() -> None:
+    """It hangs between the two; its hub's thread lives on and would say "again" for ever."""
+    deadlines = dataclasses.replace(DEADLINES, link_back_s=1.0)
+    with open_hub(2, rules=Rules(may_meet_again=True, deadlines=deadlines)) as (hub, port):
+        host, other = RawRank(port), RawRank(port)
+        for rank, one in enumerate((host, other)):
+            one.say_hello(hello_of(rank))
+        assert "formed" in host.hear() and "formed" in other.hear()
+        hub.meet_again("a link broke")
+
+        def comes() -> dict[str, Any]:
+            one = RawRank(port)
+            one.say_hello(hello_of(1))
+            said = one.hear()
+            one.close()
+            return said
+
+        began = time.monotonic()
+        while time.monotonic() - began < 2.0:
+            beat(host)
+            assert comes() == {"again": "a link broke"}, "it beats and gets on"
+            time.sleep(0.1)
+        time.sleep(1.2)
+        said = comes()
+        assert "rank 0 does not come to the next meeting (last heard of" in said["refused"] and said["restart_helps"]
+        for one in (host, other):
+            one.close()
+
+
+def test_a_rank_whose_connection_breaks_at_the_new_door_has_its_time_to_come_again() -> None:
+    rules = Rules(may_meet_again=True, is_first_meeting=False)
+    with open_hub(3, deadline_s=2.0, rules=rules) as (_, port):
+        host, cut = RawRank(port), RawRank(port)
+        host.say_hello(hello_of(0, 3))
+        cut.say_hello(hello_of(1, 3))
+        time.sleep(1.6)
+        cut.close()
+        slow = RawRank(port)
+        slow.say_hello(hello_of(2, 3))
+        time.sleep(1.0)
+        back = RawRank(port)
+        back.say_hello(hello_of(1, 3))
+        assert "formed" in host.hear() and "formed" in back.hear()
+        for one in (host, slow, back):
+            one.close()
+
+
+def test_a_replica_that_is_on_its_way_is_not_left_behind_because_another_one_is_dead() -> None:
+    """Three replicas: the first is here, the second computes, the third has died with the link."""
+
+    def whole(present: Collection[int]) -> list[int]:
+        return sorted(present)
+
+    both = Rules(may_meet_again=True, who_goes_on=whole)
+    again = Rules(may_meet_again=True, who_goes_on=whole, is_first_meeting=False, grace_s=1.0)
+    with open_hub(3, rules=both) as (first, port):
+        ranks = [RawRank(port) for _ in range(3)]
+        for rank, one in enumerate(ranks):
+            one.say_hello(hello_of(rank, 3))
+        assert all("formed" in one.hear() for one in ranks)
+        first.meet_again("a link broke")
+        ranks[2].close()
+        first.retire()
+        with open_hub(3, rules=again, port=port, before=first) as (_, port):
+            host = RawRank(port)
+            host.say_hello(hello_of(0, 3))
+            began = time.monotonic()
+            while time.monotonic() - began < 3.0:
+                beat(ranks[1])
+                time.sleep(BEAT_S / 2)
+            ranks[1].close()
+            came = RawRank(port)
+            came.say_hello(hello_of(1, 3))
+            assert roster_of(host.hear()) == [0, 1] == roster_of(came.hear())
+            for one in (host, came, ranks[0]):
+                one.close()

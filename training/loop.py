@@ -114,6 +114,7 @@ class Trainer:
         """Collective over all ranks: all that talks to other ranks, made for this meeting, from what does not."""
         config, desk = self._config, self._desk
         self._job = job
+        job.spans.reads_data = job.place.rank == 0
         self._gradient = GlobalGradient(
             place=job.place,
             groups=job.groups,

@@ -31,7 +31,7 @@ from comms.place import place_of, whole_replicas
 from comms.rendezvous import Door, agent_store, check_door_is_here, listen
 from comms.roster import Hello
 from comms.secret import Secret
-from comms.spans import Spans
+from comms.spans import COMING, Spans
 from comms.store_tunnel import StoreTunnel, join_store, serve_store
 from comms.transport import break_off_waits
 from training.allocator import keep_freed_memory
@@ -225,6 +225,13 @@ class Meetings:
             self._hub_before = None
         return _Arrival(facts=facts, host=host, address=address, lifeline=lifeline, hello=hello, formed=formed)
 
+    def close(self) -> None:
+        """Where the process goes on and the job does not: leave nothing behind of a meeting that has broken off."""
+        self._leave_the_one_before()
+        if self._hub_before is not None:
+            self._hub_before.close()
+            self._hub_before = None
+
     def _leave_the_one_before(self) -> None:
         """Only now: until here its beats have said that this rank lives, whatever it had to bring to an end first."""
         if self._left is not None:
@@ -235,7 +242,9 @@ class Meetings:
         """Whether to come to no meeting any more. A request to stop that came before is heard behind the next step, which saves what this
         rank holds; one that comes while it waits for others ends that at once."""
         came_before = self._is_asked_to_stop() and self.holds_state()
-        give_up = time.monotonic() + self._deadlines.link_back_s
+        # where nobody will be started anew, the hub itself says when a rank that is missing does not come any more
+        is_short = self._deadline_s <= self._deadlines.link_back_s
+        give_up = math.inf if is_short else time.monotonic() + self._deadlines.link_back_s
         return lambda: self._is_asked_to_stop() and not (came_before and time.monotonic() < give_up)
 
     def _open_door_in_time(self, facts: LocalFacts, timeout: timedelta) -> _Host:
@@ -276,7 +285,7 @@ class Meetings:
         if trouble is not None and trouble.meets_again and self._goes_on and not isinstance(error, KeyboardInterrupt):
             self._left = lifeline
             self._has_left.set()
-            self.spans.enter_phase("coming to the next meeting")
+            self.spans.enter_phase(COMING)
             self._takes_in = isinstance(error, MeetAgain)
             if not isinstance(error, (MeetAgain, PeerLost, dist.DistError)):
                 log.warning("%s", f"{_reason(error)}, while this meeting ended")
@@ -285,6 +294,7 @@ class Meetings:
                 self._hub_before = host.hub
             _leave_groups()
             raise MeetAgain(trouble.text) from error
+        self._has_left.set()
         trace = "" if isinstance(error, (UserError, PeerLost)) else "".join(traceback.format_exception(error))
         lifeline.report_failure(_reason(error), restart_helps=not isinstance(error, UserError), trace=trace)
         if isinstance(error, UserError) and lifeline.trouble(0.0) is not None:  # the others are on their way to the next meeting
@@ -358,9 +368,10 @@ class Meetings:
             "time. Let any firewall between the hosts pass all ports of that interface"
         )
         trouble = Trouble(text=text, restart_helps=number + self._returns.attempt > 0)  # they have been made before
-        connect_s = self._deadlines.connect_s * 2 ** max(0, self.num_fruitless - 1)
+        # what follows is short for all of them, once all are here
+        num_fruitless = max(exchange(place, dist.PrefixStore("form", store), "here", self.num_fruitless))
+        connect_s = self._deadlines.connect_s * 2 ** max(0, num_fruitless - 1)
         connect_timeout = timedelta(seconds=connect_s) if self._goes_on else None
-        exchange(place, dist.PrefixStore("form", store), "here", True)  # what follows is short for all of them, once all are here
         too_late = threading.Timer(config.rendezvous_timeout, end_process, [facts, self.spans, trouble])
         too_late.daemon = True
         too_late.start()

@@ -70,7 +70,7 @@ class Rounds:
 
     def run(self) -> None:
         """Train to the end. Raises UserError, PeerLost."""
-        with contextlib.closing(self):
+        with contextlib.closing(self), contextlib.closing(self._meetings):
             while True:
                 self._meetings.num_fruitless = self._num_replays
                 try:
