@@ -232,6 +232,7 @@ def test_forward_only_evaluates_and_generates_without_a_gradient(model_folder: P
             peer_names=[f"rank {r}" for r in range(3)],
             connections=Connections(),
             connect_timeout=None,
+            watch_connections=lambda: None,
         )
         stage = load(model_folder, *even_cut(4, 3)[rank]).requires_grad_(False)
         stages = ForwardOnly(cast(Job, job), stage, batch_size=12, micro_batch_size=2, seq_length=SEQ_LENGTH)
