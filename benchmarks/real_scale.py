@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from bench import machine
 from real_commands import (
     REPOSITORY,
@@ -421,6 +423,10 @@ def run_parts(real: RealScale, write: Callable[[str], None]) -> str:
 def main() -> int:
     """The exit status: 0 if every command ended with 0 and everything came back as it went in."""
     options = parse()
+    torch.set_num_threads(1)  # comparing: threads that wait for each other lose on a busy machine
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # ends the ranks, too
     folder = options.folder / options.model
     folder.mkdir(parents=True, exist_ok=True)
     before = {**machine(), "processor": processor()}
