@@ -92,8 +92,8 @@ def slow_down(run: Run, rank: int) -> None:
     setattr(owner, name, slower)
 
 
-def keep_gaps(file: Path) -> None:
-    """In rank 0: the longest time between two beats of a rank, by what it did before."""
+def keep_gaps() -> dict[str, float]:
+    """In rank 0: the longest time between two beats of a rank, by what it did before; filled as they come."""
     longest: dict[str, float] = {}
     feel = Pulse.feel
 
@@ -101,10 +101,10 @@ def keep_gaps(file: Path) -> None:
         if self.beat is not None:
             doing = re.sub(r"\d+", "N", self.beat.doing)
             longest[doing] = max(longest.get(doing, 0.0), now - self.came_at)
-            file.write_text(json.dumps(longest))
         feel(self, beat, now)
 
     Pulse.feel = felt  # type: ignore[method-assign]
+    return longest
 
 
 def start(options: argparse.Namespace, run: Run, folder: Path) -> list[Process]:
@@ -124,7 +124,9 @@ def start(options: argparse.Namespace, run: Run, folder: Path) -> list[Process]:
         "num_threads": 1,
         "device": "cpu",
         "pipeline_group_size": 2,
-        "stage_layers": "2,2",  # measuring them would be most of the work
+        # measuring layers and links would be most of the work
+        "stage_layers": "2,2",
+        "extra_warmup_forwards": 0,
         "data_group_size": 2,
         "world_size": WORLD_SIZE,
         "dist_url": f"tcp://127.0.0.1:{10_000 + (os.getpid() * 7 + run.number) % 20_000}",
@@ -136,9 +138,11 @@ def start(options: argparse.Namespace, run: Run, folder: Path) -> list[Process]:
         meeting.DEADLINES = run.deadlines
         if run.slow_s is not None:
             slow_down(run, rank)
-        if rank == 0:
-            keep_gaps(folder / "gaps.json")
-        return dist_clm_train.main(train_argv(**flags, rank=rank))
+        gaps = keep_gaps() if rank == 0 else {}
+        status = dist_clm_train.main(train_argv(**flags, rank=rank))
+        if rank == 0:  # not before: a disk that is slow would keep the hub from hearing beats
+            (folder / "gaps.json").write_text(json.dumps(gaps))
+        return status
 
     def forked(rank: int) -> Process:
         return fork(lambda: rank_main(rank), folder / f"rank{rank}.txt")
