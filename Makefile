@@ -7,12 +7,13 @@ VENV_PYTHON := .venv/bin/python
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test test-all test-rest lint lock clean
 
 help:
 	@echo 'make setup   make .venv with pinned packages and this project (fast when nothing changed)'
 	@echo 'make demo    set up, then the whole chain at toy size: corpus, model, 4-process training, Hugging Face export'
-	@echo 'make test    set up, then ruff, mypy and the test suite           (one test: make test PYTEST_ARGS="-k name")'
+	@echo 'make test    set up, then ruff, mypy and every promise once       (one test: make test PYTEST_ARGS="-k name")'
+	@echo 'make test-all  the same with every case of every promise         (docs/testing.md; what make test left out: make test-rest)'
 	@echo 'make lint    set up, then ruff and mypy only'
 	@echo 'make lock    remake requirements.lock, keeping pins that still fit   (newest of everything: make lock UPGRADE=1)'
 	@echo 'make clean   remove caches and demo_output; .venv stays (remove it with: rm -r .venv)'
@@ -30,9 +31,17 @@ lint: setup
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m mypy
 
+PYTEST := $(VENV_PYTHON) -m pytest -n $(TEST_WORKERS) --dist worksteal
+
 # pytest comes last, so that its summary is the last thing on the screen.
 test: lint
-	$(VENV_PYTHON) -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) --tier quick $(PYTEST_ARGS)
+
+test-all: lint
+	$(PYTEST) --tier all $(PYTEST_ARGS)
+
+test-rest: setup
+	$(PYTEST) --tier rest $(PYTEST_ARGS)
 
 lock:
 	@$(PYTHON) example_scripts/lock_requirements.py $(if $(UPGRADE),--upgrade)

@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from harness import Process, fork, train_argv  # noqa: E402
+from support.ranks import Process, fork, train_argv  # noqa: E402
 
 from checkpoint.layer_store import StepWriter  # noqa: E402
 from comms.deadlines import DEADLINES, Deadlines  # noqa: E402
@@ -63,9 +63,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
     bounded = {k: v for k, v in vars(short).items() if k not in OF_PROGRESS}
     slow_s = 1.1 * max(s for name, s in bounded.items() if name != "answer_s")
     return [
-        Run(number=n, deadlines=short, slow_s=slow_s)
-        if n % 2
-        else Run(number=n, deadlines=DEADLINES, slow_s=None)
+        Run(number=n, deadlines=short, slow_s=slow_s) if n % 2 else Run(number=n, deadlines=DEADLINES, slow_s=None)
         for n in range(options.runs)
     ]
 

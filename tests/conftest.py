@@ -13,62 +13,52 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
 
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from support import tiers
+from support.models import TEXTS, make_model, make_neox_model, make_tokenizer
+from support.namespaces import HOSTS, clean_up, ip
 
 torch.set_num_threads(1)  # forked ranks: OpenMP's threads do not survive a fork
 transformers.AutoTokenizer  # noqa: B018 - imported for real here, so that forked ranks need not
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-TEXTS = [
-    f"The {n} quick brown foxes jump over {n * n} lazy dogs, and dog number {n % 7} barks {'very ' * (n % 5)}loudly." for n in range(300)
-]
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=tiers.TIERS, default=tiers.ALL, help="quick: make test; rest: what that leaves out")
+    parser.addoption("--sample-seed", type=int, help="which cases of matrices are in tier quick; left out: by the commit")
 
 
-def make_tokenizer(folder: Path, vocab_size: int = 320) -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    end = "<|endoftext|>"
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end).save_pretrained(folder)
+def pytest_configure(config: pytest.Config) -> None:
+    """Into the environment, for what is decided while test modules are imported, and for the workers of pytest-xdist."""
+    config.addinivalue_line("markers", "full: in make test-all alone")
+    seed = config.getoption("--sample-seed")
+    if seed is not None or tiers.SEED_VARIABLE not in os.environ:
+        os.environ[tiers.SEED_VARIABLE] = str(tiers.seed_of_commit() if seed is None else seed)
+    os.environ[tiers.TIER_VARIABLE] = config.getoption("--tier")
 
 
-def make_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: int) -> None:
-    shape = {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "n_positions": 64, "vocab_size": 320, **config}
-    torch.manual_seed(seed)
-    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**shape, bos_token_id=0, eos_token_id=0))
-    roughen(model, embeddings="wte")
-    model.to(dtype).save_pretrained(folder)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The header of pytest is not shown with -q."""
+    if not hasattr(session.config, "workerinput"):
+        given = f"--tier {session.config.getoption('--tier')} --sample-seed {os.environ[tiers.SEED_VARIABLE]}"
+        session.config.get_terminal_writer().line(f"to run the same tests: {given}")
 
 
-def make_neox_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> None:
-    """No size, no share of turned channels and no activation is the default of anybody, so that a default shows."""
-    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 320}
-    kind = {"max_position_embeddings": 64, "rotary_pct": 0.5, "rotary_emb_base": 5000, "hidden_act": "gelu_fast", "layer_norm_eps": 1e-3}
-    torch.manual_seed(seed)
-    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**{**shape, **kind, **config}, bos_token_id=0, eos_token_id=0))
-    roughen(model, embeddings="embed_in")
-    model.to(dtype).save_pretrained(folder)
-
-
-@torch.no_grad()
-def roughen(model: torch.nn.Module, *, embeddings: str) -> None:
-    """Give ``model`` biases and norms that are not 0 and 1, so that a swap shows."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        elif embeddings not in name:
-            parameter.mul_(3)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tier, fuzz = config.getoption("--tier"), config.rootpath / "tests" / "fuzz"
+    chosen = [tiers.is_in(tier, is_full=item.get_closest_marker("full") is not None, is_fuzz=fuzz in item.path.parents) for item in items]
+    left_out = [item for item, is_chosen in zip(items, chosen, strict=True) if not is_chosen]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item, is_chosen in zip(items, chosen, strict=True) if is_chosen]
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +90,25 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         paths.append(path)
     return paths
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[None]:
+    """Hosts .1 and .2 of 10.81.1.0/24 over "front" and of 10.81.2.0/24 over "back"."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("making network namespaces needs root and iproute2")
+    clean_up()
+    try:
+        for host in HOSTS:
+            ip("netns", "add", host)
+            ip("-n", host, "link", "set", "lo", "up")
+        for net, name in ((1, "front"), (2, "back")):
+            ip("link", "add", name, "netns", HOSTS[0], "type", "veth", "peer", "name", name, "netns", HOSTS[1])
+            for number, host in enumerate(HOSTS, start=1):
+                ip("-n", host, "addr", "add", f"10.81.{net}.{number}/24", "dev", name)
+                ip("-n", host, "link", "set", name, "up")
+    except subprocess.CalledProcessError as error:
+        clean_up()
+        pytest.skip(f"this machine makes no network namespaces: {error.stderr.decode().strip()}")
+    yield
+    clean_up()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_tokenizer
-from harness import REPOSITORY, fork, free_port
+from support.models import make_model, make_tokenizer
+from support.ranks import REPOSITORY, fork, free_port
 
 from tasks.examples import Example
 from tasks.prompts import TaskOptions, tasks_by_name

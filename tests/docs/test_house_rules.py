@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY
+from support.ranks import REPOSITORY
 
 from training.config import Config
 from training.evaluation_config import EvalConfig

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, free_port, log_rows
+from support.ranks import REPOSITORY, free_port, log_rows
 
 BLOCK = re.compile(r"<!-- tested: (?P<name>[\w ]+) -->\n```bash\n(?P<code>.*?)```", re.DOTALL)
 SMALL = {

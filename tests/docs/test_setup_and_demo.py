@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from user_error import UserError
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = REPO / "example_scripts"
 LAUNCHER = SCRIPTS / "finetune_gptj.sh"
 

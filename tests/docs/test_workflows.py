@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TEXTS, make_model, make_neox_model, make_tokenizer
-from harness import REPOSITORY, free_port, log_rows
 from safetensors import safe_open
-from warm_python import warm_python
+from support.models import TEXTS, make_model, make_neox_model, make_tokenizer
+from support.ranks import REPOSITORY, free_port, log_rows
+from support.warm_python import warm_python
 
 SCRIPTS = REPOSITORY / "example_scripts"
 LABELS = ("entailment", "neutral", "contradiction")

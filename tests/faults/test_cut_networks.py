@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import log_rows, losses, train, train_argv
-from test_namespaces import HOSTS, ip, start, two_hosts
-
-__all__ = ["two_hosts"]  # the fixture: interfaces "front" (10.81.1.N) and "back" (10.81.2.N)
+from support.namespaces import HOSTS, ip, start
+from support.ranks import log_rows, losses, train, train_argv
 
 NUM_STEPS = 200
 

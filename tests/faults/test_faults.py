@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
-from fault_helpers import PHASES, Fault, all_end, plant, said, wait_until
-from harness import Process, free_port, launch, train, train_argv
+from support.faults import PHASES, Fault, all_end, plant, said, wait_until
+from support.ranks import Process, free_port, launch, train, train_argv
 from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 

@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from fault_helpers import Fault, all_end, keep_connections, plant, said
-from harness import equal_files, free_port, launch, log_rows, losses, run_ranks, train, train_argv
+from support.faults import Fault, all_end, keep_connections, plant, said
+from support.ranks import equal_files, free_port, launch, log_rows, losses, run_ranks, train, train_argv
 
 from comms import transport
 from comms.connections import Connections
@@ -171,7 +171,7 @@ def test_links_that_break_again_and_again_end_the_job_in_words(model_folder: Pat
     flags = grid({**flags_in(tmp_path, model_folder, tasks), "pipeline_group_size": 2, "data_group_size": 1, "world_size": 2})
 
     def before(rank: int) -> None:
-        from fault_helpers import keep_connections
+        from support.faults import keep_connections
 
         made: list[Any] = []
         keep_connections(made)

@@ -1,74 +1,13 @@
 """--net-interface selects the interface for real: two hosts (network namespaces) of two interfaces each, by their socket tables."""
 
-import os
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, log_rows, train_argv
+from support.namespaces import ESTABLISHED, LISTEN, local_addresses, start
+from support.ranks import log_rows, train_argv
 
-HOSTS = (f"clm{os.getpid()}a", f"clm{os.getpid()}b")  # other test processes make their own
-LISTEN, ESTABLISHED = "0A", "01"
 NUM_STEPS = 200  # enough that both ranks still train when their sockets are read
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-def clean_up() -> None:
-    for host in HOSTS:
-        subprocess.run(["ip", "netns", "del", host], capture_output=True)
-
-
-@pytest.fixture
-def two_hosts() -> Iterator[None]:
-    """Hosts .1 and .2 of 10.81.1.0/24 over "front" and of 10.81.2.0/24 over "back"."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("making network namespaces needs root and iproute2")
-    clean_up()
-    try:
-        for host in HOSTS:
-            ip("netns", "add", host)
-            ip("-n", host, "link", "set", "lo", "up")
-        for net, name in ((1, "front"), (2, "back")):
-            ip("link", "add", name, "netns", HOSTS[0], "type", "veth", "peer", "name", name, "netns", HOSTS[1])
-            for number, host in enumerate(HOSTS, start=1):
-                ip("-n", host, "addr", "add", f"10.81.{net}.{number}/24", "dev", name)
-                ip("-n", host, "link", "set", name, "up")
-    except subprocess.CalledProcessError as error:
-        clean_up()
-        pytest.skip(f"this machine makes no network namespaces: {error.stderr.decode().strip()}")
-    yield
-    clean_up()
-
-
-def local_addresses(pid: int, state: str) -> set[str]:
-    """Local addresses of the TCP sockets in ``state`` in the network namespace of process ``pid``."""
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, seen, *_ = line.split()
-            if seen == state:
-                packed = local.split(":")[0].removeprefix("0000000000000000FFFF0000")  # an IPv4 address in IPv6 clothes
-                found.add(".".join(str(byte) for byte in reversed(bytes.fromhex(packed))) if len(packed) == 8 else packed)
-    return found
-
-
-def start(rank: int, argv: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
-    with (folder / f"rank{rank}.txt").open("wb") as output:
-        return subprocess.Popen(
-            ["ip", "netns", "exec", HOSTS[rank], sys.executable, "dist_clm_train.py", *argv],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
 
 
 @pytest.mark.parametrize("interface", ["back", None])

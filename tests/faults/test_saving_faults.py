@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_tokenizer
-from harness import Process, equal_files, free_port, launch, log_rows, train_argv
+from support.models import make_model, make_tokenizer
+from support.ranks import Process, equal_files, free_port, launch, log_rows, train_argv
 
 from checkpoint.manifest import read_manifest, verify_step
 from training import saving

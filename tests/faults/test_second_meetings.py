@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fault_helpers import Fault, all_end, both, fire, keep_connections, plant, said, stop, wait_until
-from harness import Process, equal_files, launch, log_rows, losses, train_argv
-from test_coming_back import check_bits, flags, num_rows, supervised, undisturbed
+from support.faults import Fault, all_end, both, fire, keep_connections, plant, said, stop, wait_until
+from support.grids import check_bits, num_rows, supervised, undisturbed
+from support.ranks import Process, equal_files, launch, log_rows, losses, train_argv
 
 from comms.connections import Connections
 from comms.links import PeerLost
@@ -22,8 +22,6 @@ from training.keeping import Keeping
 from training.loop import Trainer
 from training.saving import Best
 from training.validation import Evaluation
-
-__all__ = ["flags"]
 
 
 def again(flags: dict[str, Any], tmp_path: Path, *victims: int, attempt: int = 1) -> list[Process]:

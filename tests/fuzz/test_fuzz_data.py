@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import zstandard
-from fuzz_helpers import damaged_bytes, damaged_json, damaged_values, fuzz, in_little_room, put, read_or_refuse, text_of
 from hypothesis import strategies as st
-from packing_helpers import make_encoder, open_plainly
+from support.damage import damaged_bytes, damaged_json, damaged_values, fuzz, in_little_room, put, read_or_refuse, text_of
+from support.packing import make_encoder, open_plainly
 
 from modules.families import read_model_config
 from tasks.examples import BadRecordError

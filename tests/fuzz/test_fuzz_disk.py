@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_helpers import adamw_state, loaded_stage, save_step
-from fuzz_helpers import (
+from support.checkpoints import adamw_state, loaded_stage, save_step
+from support.damage import (
     damaged_bytes,
     damaged_json,
     fuzz,
@@ -72,7 +72,7 @@ TRAINER = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-J of one layer in one safetensors file."""
-    from conftest import make_model, make_tokenizer
+    from support.models import make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("fuzzed") / "model"
     make_model(folder, n_layer=1, n_embd=16, n_head=2, vocab_size=320, n_positions=16)

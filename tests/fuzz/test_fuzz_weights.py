@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_helpers import adapted, config_of, settings_for
-from converter_helpers import write_stages
-from fuzz_helpers import (
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from support.adapter_folders import adapted, config_of, settings_for
+from support.conversions import write_stages
+from support.damage import (
     damaged_bytes,
     damaged_json,
     damaged_values,
@@ -25,8 +27,6 @@ from fuzz_helpers import (
     read_tensors,
     text_of,
 )
-from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from checkpoint.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, read_adapter, write_adapter
 from checkpoint.atomic_folder import JOURNAL_NAME, ResumableFolder
@@ -41,7 +41,7 @@ from user_error import UserError
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-J of one layer in one safetensors file."""
-    from conftest import make_model, make_tokenizer
+    from support.models import make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("fuzzed") / "model"
     make_model(folder, n_layer=1, n_embd=16, n_head=2, vocab_size=320, n_positions=16)

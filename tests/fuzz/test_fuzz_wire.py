@@ -10,9 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from door_helpers import LOOPBACK, SECRET, RawRank, at_once, hello_of, lifeline_to, open_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.hubs import LOOPBACK, SECRET, RawRank, at_once, hello_of, lifeline_to, open_hub
+from support.tiers import num_examples
 
 from comms.deadlines import DEADLINES
 from comms.handshake import MAX_LINE_BYTES, Challenge, NotSealed, Reply, Session
@@ -23,7 +24,7 @@ from comms.members import Rules
 from comms.roster import Hello
 from user_error import UserError
 
-fuzzed = settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+fuzzed = settings(max_examples=num_examples(150), deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 live = settings(fuzzed, max_examples=15)
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
-from harness import REPOSITORY, Process, free_port, launch, train, train_argv
 from safetensors.torch import load_file, save_file
+from support.models import make_model, make_tokenizer
+from support.ranks import REPOSITORY, Process, free_port, launch, train, train_argv
 
 import dist_clm_train
 from comms.deadlines import DEADLINES

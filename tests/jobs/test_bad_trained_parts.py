@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_tokenizer
-from harness import Process, eight_sequences, free_port, launch, steps_in, train, train_argv
 from safetensors.torch import load_file, save_file
+from support.models import make_model, make_tokenizer
+from support.ranks import Process, eight_sequences, free_port, launch, steps_in, train, train_argv
 
 from modules import quantized
 

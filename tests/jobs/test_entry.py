@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import fork, losses, train
+from support.ranks import fork, losses, train
 
 import training
 from training.config import Config

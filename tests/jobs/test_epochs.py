@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import log_rows, train
-from packing_helpers import make_encoder, open_plainly
+from support.packing import make_encoder, open_plainly
+from support.ranks import log_rows, train
 
 from tasks.mixture import draw_task
 from tasks.packing import PackingRules

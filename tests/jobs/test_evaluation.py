@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import equal_files, evaluate, losses, steps_in, train
+from support.ranks import equal_files, evaluate, losses, steps_in, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.evaluation_results import compare

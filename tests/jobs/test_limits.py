@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from harness import log_rows, losses, steps_in, train
 from safetensors.numpy import load_file
+from support.ranks import log_rows, losses, steps_in, train
 
 from checkpoint.manifest import step_positions
 from comms.place import place_of

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_tokenizer
-from harness import equal_files, log_rows, losses, train
+from support.models import make_model, make_tokenizer
+from support.ranks import equal_files, log_rows, losses, train
 
 from comms.spans import CATEGORIES
 from training import allocator, meeting, tracing

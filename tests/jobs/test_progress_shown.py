@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from harness import evaluate, train
+from support.ranks import evaluate, train
 
 import comms.progress
 import tasks.order

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Process, equal_files, free_port, launch, log_rows, train, train_argv
+from support.ranks import Process, equal_files, free_port, launch, log_rows, train, train_argv
 
 from training.rescue import HOST_MEMORY, rescue_folder
 

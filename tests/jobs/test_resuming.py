@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from harness import eight_sequences, equal_files, log_rows, losses, steps_in, train, train_on_hosts
+from support.models import make_tokenizer
+from support.ranks import eight_sequences, equal_files, log_rows, losses, steps_in, train, train_on_hosts
 from transformers import AutoModelForCausalLM
 
 STEPS = 8

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
-from harness import Process, equal_files, free_port, launch, log_rows, losses, train, train_argv
+from support.models import make_model, make_tokenizer
+from support.ranks import Process, equal_files, free_port, launch, log_rows, losses, train, train_argv
 
 from checkpoint.layer_store import StepWriter
 from checkpoint.manifest import read_manifest

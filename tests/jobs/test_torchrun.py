@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import REPOSITORY, free_port, log_rows, losses, train, train_argv
-from warm_python import warm_python
+from support.ranks import REPOSITORY, free_port, log_rows, losses, train, train_argv
+from support.warm_python import warm_python
 
 from comms.rendezvous import door_of_torchrun
 

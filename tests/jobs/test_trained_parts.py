@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import eight_sequences, equal_files, log_rows, losses, train, train_on_hosts
 from safetensors.torch import load_file
+from support.ranks import eight_sequences, equal_files, log_rows, losses, train, train_on_hosts
 
 from checkpoint import gather, inspect
 from data_parallel.allreduce import GradientBuckets

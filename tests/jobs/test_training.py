@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
-from harness import equal_files, free_port, launch, log_rows, losses, train, train_argv
 from safetensors.torch import load_file
+from support.models import make_model, make_tokenizer
+from support.ranks import equal_files, free_port, launch, log_rows, losses, train, train_argv
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint.model_folder import ModelFolder, load_stage

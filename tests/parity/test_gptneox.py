@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXTS, make_neox_model
-from harness import SHARED, equal_files, example_tokens, losses, train
 from safetensors.torch import load_file, save_file
+from support.models import TEXTS, make_neox_model
+from support.ranks import SHARED, equal_files, example_tokens, losses, train
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 from transformers.activations import ACT2FN

@@ -9,19 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import example_tokens, run_ranks
 from safetensors.torch import load_file, save_file
+from support.ranks import example_tokens, run_ranks
+from support.stages import load
 from transformers import GPTJForCausalLM, GPTNeoXForCausalLM, PreTrainedModel
 
 import converters.from_hf
 import converters.to_hf
-from checkpoint.model_folder import ModelFolder, load_stage
 from comms.groups import join_process_group, make_groups
 from comms.place import place_of
 from comms.spans import Spans
 from modules.families import read_model_config
 from modules.lm_ops import IGNORED_TARGET, Segments, chunked_cross_entropy, next_token_targets
-from modules.stage import Stage, empty_stage
 from optim.build import AdamSettings, AdamW
 from pipeline_parallel.partition import even_cut
 from pipeline_parallel.schedule import PipelineMode
@@ -30,14 +29,6 @@ from training.job import COLLECTIVE_TIMEOUT
 from user_error import UserError
 
 SEQ_LENGTH, NUM_SEQUENCES, CLIP = 24, 16, 0.05
-
-
-def load(folder: Path, first: int = 0, last: int | None = None, dtype: torch.dtype = torch.float32) -> Stage:
-    opened = ModelFolder.open(folder)
-    config = read_model_config(opened.config)
-    stage = empty_stage(config, first, config.num_layers if last is None else last, dtype=dtype)
-    load_stage(stage, opened)
-    return stage
 
 
 def hf_loss_sum(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -72,9 +63,7 @@ def test_own_gptj_equals_hf_in_logits_and_every_gradient(model_folder: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"])
-def test_a_gptj_may_call_its_gelu_by_any_of_its_names_and_keeps_the_one_it_has(
-    name: str, model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_gptj_may_call_its_gelu_by_any_of_its_names_and_keeps_the_one_it_has(name: str, model_folder: Path, tmp_path: Path) -> None:
     """Files of fine-tuned relatives say gelu_fast or gelu_pytorch_tanh; the exact gelu stays refused."""
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from checkpoint_helpers import adamw_state, finish_step, hf_model, loaded_stage, save_hf, write_parts
+from support.checkpoints import adamw_state, finish_step, hf_model, loaded_stage, save_hf, write_parts
 
 from checkpoint.layer_store import StepWriter
 

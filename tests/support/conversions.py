@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from checkpoint_helpers import TOKENIZER, TOKENS, tensors_of
+from support.checkpoints import TOKENIZER, TOKENS, tensors_of
 from torch import Tensor
 
 import converters.from_hf

@@ -15,9 +15,10 @@ from typing import Any
 
 import hypothesis
 import torch
-from harness import fork
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
+from support.ranks import fork
+from support.tiers import num_examples
 
 from checkpoint.model_folder import ModelFolder, check_model_folder
 from checkpoint.weight_file import open_weight_file
@@ -139,7 +140,7 @@ def fuzz(folder: Path, strategy: st.SearchStrategy[Any], try_one: Callable[[Any]
     last = folder / "last-example"
 
     @hypothesis.settings(
-        max_examples=examples,
+        max_examples=num_examples(examples),
         derandomize=True,
         deadline=None,
         database=None,

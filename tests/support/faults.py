@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Process
+from support.ranks import Process
 
 from checkpoint.layer_store import StepWriter
 from comms.connections import Connections

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from modules.lm_ops import IGNORED_TARGET, next_token_targets
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 

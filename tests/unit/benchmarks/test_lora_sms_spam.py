@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import REPOSITORY, SHARED
+from support.ranks import REPOSITORY, SHARED
 
 SMS_SPAM = SHARED / "data" / "classification" / "sms_spam.tsv"
 CHANCE = 50.0

@@ -8,8 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_helpers import FAMILIES, LINEARS, NORMS, NUM_LAYERS, adapted, config_of, make_adapter, settings_for
 from safetensors.torch import load_file, save_file
+from support.adapter_folders import FAMILIES, LINEARS, NORMS, NUM_LAYERS, adapted, config_of, make_adapter, settings_for
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import eight_sequences, free_port, launch, log_rows, losses, steps_in, train, train_argv, train_on_hosts
+from support.ranks import eight_sequences, free_port, launch, log_rows, losses, steps_in, train, train_argv, train_on_hosts
 
 from checkpoint.layer_store import StepWriter
 from training import saving

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import hf_model, killed_at, save_hf
+from support.checkpoints import hf_model, killed_at, save_hf
 
 import checkpoint.hf_folder
 import checkpoint.layered_folder

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_helpers import TOKENS, hf_model, same_bytes, tensors_of
-from checkpoint_hosts import make_source, save_on_hosts
+from support.checkpoints import TOKENS, hf_model, same_bytes, tensors_of
+from support.checkpoints_on_hosts import make_source, save_on_hosts
 from transformers import AutoModelForCausalLM
 
 from checkpoint import gather as gather_module

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_helpers import hf_model, save_hf, with_bin_files, write_json
-from checkpoint_hosts import make_source, save_on_hosts
+from support.checkpoints import hf_model, save_hf, with_bin_files, write_json
+from support.checkpoints_on_hosts import make_source, save_on_hosts
 
 from checkpoint import inspect as inspect_module
 from checkpoint.gather import main as gather

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_helpers import (
+from support.checkpoints import (
     TOKENIZER,
     TOKENS,
     finish_step,

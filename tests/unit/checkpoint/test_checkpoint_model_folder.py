@@ -7,9 +7,9 @@ import pickle
 import huggingface_hub
 import pytest
 import torch
-from checkpoint_helpers import TOKENS, hf_model, loaded_stage, same_bytes, save_hf, with_bin_files, write_json
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from support.checkpoints import TOKENS, hf_model, loaded_stage, same_bytes, save_hf, with_bin_files, write_json
 
 from checkpoint.model_folder import ModelFolder, check_model_folder, load_stage, resolve_model_folder
 from modules.gptj import GPTJConfig

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import as_bytes, same_bytes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.checkpoints import as_bytes, same_bytes
 
 from checkpoint.tensor_file import CHUNK_BYTES, TensorSource, explained_disk_errors, write_json_file, write_tensor_file
 from checkpoint.weight_file import open_weight_file

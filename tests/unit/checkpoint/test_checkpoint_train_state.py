@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from checkpoint_helpers import adamw_state, as_bytes, hf_model, loaded_stage, save_hf, save_step, write_json
 from safetensors.torch import load_file, save_file
+from support.checkpoints import adamw_state, as_bytes, hf_model, loaded_stage, save_hf, save_step, write_json
 
 from checkpoint.train_state import pack_train_state, read_layer_state, read_trainer_state
 from checkpoint.weight_file import TensorSpec, open_weight_file

@@ -21,9 +21,9 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from door_helpers import LOOPBACK, OTHER_SECRET, SECRET, RawRank, at_once, hello_of, lifeline_to, listening_at, open_hub, strangers
-from fault_helpers import wait_until
-from harness import REPOSITORY, eight_sequences, fork, free_port, launch, log_rows, losses, run_ranks, train, train_argv
+from support.faults import wait_until
+from support.hubs import LOOPBACK, OTHER_SECRET, SECRET, RawRank, at_once, hello_of, lifeline_to, listening_at, open_hub, strangers
+from support.ranks import REPOSITORY, eight_sequences, fork, free_port, launch, log_rows, losses, run_ranks, train, train_argv
 
 import comms.connections
 from comms.connections import Connections
@@ -415,7 +415,7 @@ from comms.rendezvous import listen
 from comms.store_tunnel import StoreTunnel, join_store, serve_store
 from comms.deadlines import Deadlines
 from comms.lifeline import Lifeline
-from door_helpers import SECRET, at_once, hello_of, strangers
+from support.hubs import SECRET, at_once, hello_of, strangers
 began = time.monotonic()
 listener, store = listen("10.82.0.1", 0), serve_store(timedelta(seconds=10))
 served_s = time.monotonic() - began

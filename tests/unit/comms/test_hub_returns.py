@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from door_helpers import RawRank, hello_of, open_hub
+from support.hubs import RawRank, hello_of, open_hub
 
 from comms.deadlines import DEADLINES
 from comms.heartbeat import BEAT_S, Beat

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import example_tokens, run_ranks
 from safetensors.torch import load_file, save_file
-from test_parity import load
+from support.ranks import example_tokens, run_ranks
+from support.stages import load
 from torch import nn
 
 from comms.codecs import Codec, WireDtype, make_codec

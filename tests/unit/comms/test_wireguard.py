@@ -18,10 +18,10 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, log_rows, train_argv
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_namespaces import ESTABLISHED, LISTEN, ip, local_addresses
+from support.namespaces import ESTABLISHED, LISTEN, ip, local_addresses
+from support.ranks import REPOSITORY, log_rows, train_argv
 
 from comms import tunnel_hosts
 from comms.tunnel_hosts import Tunnel, read_tunnel, with_addresses

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from converter_helpers import NUM_LAYERS, from_hf, make_hf, to_hf, write_stages
-from harness import REPOSITORY
 from safetensors.torch import load_file, save_file
+from support.conversions import NUM_LAYERS, from_hf, make_hf, to_hf, write_stages
+from support.ranks import REPOSITORY
 
 import checkpoint.atomic_folder
 import checkpoint.gather

@@ -9,9 +9,9 @@ import weakref
 
 import pytest
 import torch
-from checkpoint_helpers import TOKENIZER, same_bytes, tensors_of, with_bin_files
-from converter_helpers import FAMILIES, NUM_LAYERS, buffers, from_hf, logits, make_hf, to_hf, write_layer_shards
 from safetensors.torch import load_file, save_file
+from support.checkpoints import TOKENIZER, same_bytes, tensors_of, with_bin_files
+from support.conversions import FAMILIES, NUM_LAYERS, buffers, from_hf, logits, make_hf, to_hf, write_layer_shards
 
 import checkpoint.conversion
 import checkpoint.hivemind_int8

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import (
+from safetensors.torch import load_file, save_file
+from support.checkpoints import (
     TOKENIZER,
     TOKENS,
     hf_model,
@@ -22,8 +23,7 @@ from checkpoint_helpers import (
     with_bin_files,
     write_json,
 )
-from harness import REPOSITORY
-from safetensors.torch import load_file, save_file
+from support.ranks import REPOSITORY
 from transformers import AutoModelForCausalLM
 
 import converters.from_hf

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_helpers import TOKENIZER, same_bytes, tensors_of, with_bin_files
-from converter_helpers import (
+from support.checkpoints import TOKENIZER, same_bytes, tensors_of, with_bin_files
+from support.conversions import (
     BLOCK,
     EMBEDDINGS,
     FAMILIES,

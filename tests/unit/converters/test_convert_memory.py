@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import hf_model, with_bin_files, write_json
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.checkpoints import hf_model, with_bin_files, write_json
 
 from checkpoint.hf_folder import write_hf_folder
 from checkpoint.layered_folder import write_model_folder

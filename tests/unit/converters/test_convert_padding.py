@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_neox_model, make_tokenizer
-from harness import SHARED, train
+from support.models import make_model, make_neox_model, make_tokenizer
+from support.ranks import SHARED, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import converters.from_hf

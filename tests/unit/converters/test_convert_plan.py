@@ -9,8 +9,8 @@ import re
 
 import pytest
 import torch
-from converter_helpers import BLOCK, EMBEDDINGS, FAMILIES, HEAD, LAYERS, NORM, NUM_LAYERS, TRUNK, from_hf, make_hf, to_hf, write_stages
-from harness import REPOSITORY
+from support.conversions import BLOCK, EMBEDDINGS, FAMILIES, HEAD, LAYERS, NORM, NUM_LAYERS, TRUNK, from_hf, make_hf, to_hf, write_stages
+from support.ranks import REPOSITORY
 
 import converters.from_hf
 import converters.to_hf

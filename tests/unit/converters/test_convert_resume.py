@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checkpoint_helpers import killed_at, same_bytes
-from converter_helpers import NUM_LAYERS, from_hf, make_hf, to_hf, write_stages
+from support.checkpoints import killed_at, same_bytes
+from support.conversions import NUM_LAYERS, from_hf, make_hf, to_hf, write_stages
 
 from checkpoint.model_folder import ModelFolder
 

@@ -8,8 +8,8 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from checkpoint_helpers import hf_model, loaded_stage, save_hf, save_step, tensors_of, write_json
-from converter_helpers import FAMILIES, NUM_LAYERS, from_hf, head_part, make_hf, to_hf, write_layer_shards, write_stages
+from support.checkpoints import hf_model, loaded_stage, save_hf, save_step, tensors_of, write_json
+from support.conversions import FAMILIES, NUM_LAYERS, from_hf, head_part, make_hf, to_hf, write_layer_shards, write_stages
 
 from converters.to_hf import check_stages
 from user_error import UserError

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_helpers import FAMILIES, adapted, config_of, distance, logits, make_adapter, peft_model, settings_for, write_folder
-from checkpoint_helpers import killed_at, same_bytes, tensors_of
-from conftest import make_model, make_neox_model
-from converter_helpers import from_hf, to_hf
 from safetensors.torch import load_file, save_file
+from support.adapter_folders import FAMILIES, adapted, config_of, distance, logits, make_adapter, peft_model, settings_for, write_folder
+from support.checkpoints import killed_at, same_bytes, tensors_of
+from support.conversions import from_hf, to_hf
+from support.models import make_model, make_neox_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_helpers import (
+from support.adapter_folders import (
     FAMILIES,
     IDS,
     LINEARS,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import fork
+from support.ranks import fork
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import fork
+from support.ranks import fork
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
@@ -300,7 +300,7 @@ def hf_with_our_noise(folder: Path, p: float) -> tuple[nn.Module, set[str]]:
 def test_noise_falls_where_hugging_faces_falls(
     family: str, model_folder: Path, neox_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    from conftest import make_neox_model
+    from support.models import make_neox_model
 
     folder = model_folder if family == "gptj" else neox_folder
     if family == "gptneox sequential":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import REPOSITORY
+from support.ranks import REPOSITORY
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, train_argv
+from support.ranks import REPOSITORY, train_argv
 
 from modules.optional import import_bitsandbytes, without_bitsandbytes
 
@@ -28,9 +28,7 @@ assert "bitsandbytes" not in sys.modules, "generate"
 """
 
 
-def test_no_script_imports_bitsandbytes_unless_it_is_asked_for(
-    model_folder: Path, tasks: list[Path], tmp_path: Path
-) -> None:
+def test_no_script_imports_bitsandbytes_unless_it_is_asked_for(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     """It took 3 s of every start with LoRA, and on some CPUs complained of a package ``kernels``."""
     pytest.importorskip("peft")
     small = {"model_name": model_folder, "task_name": tasks[0], "total_steps": 1, "batch_size": 1}
@@ -44,14 +42,10 @@ def test_no_script_imports_bitsandbytes_unless_it_is_asked_for(
             train_argv(**small, checkpoint_path=plain),
             train_argv(**small, **lora, checkpoint_path=adapted),
         ],
-        "dist_clm_eval": [
-            train_argv(**evaluation, model_name=folder) for folder in (plain, adapted)
-        ],
+        "dist_clm_eval": [train_argv(**evaluation, model_name=folder) for folder in (plain, adapted)],
         "convert_to_hf_gptj": [
             train_argv(ckpt_path=plain, save_path=exported),
-            train_argv(
-                ckpt_path=model_folder, merge_adapter=adapted, save_path=tmp_path / "merged"
-            ),
+            train_argv(ckpt_path=model_folder, merge_adapter=adapted, save_path=tmp_path / "merged"),
         ],
         "exported": str(exported),
     }

@@ -2,39 +2,31 @@
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_model, make_neox_model
-from harness import example_tokens, run_ranks
-from test_parity import load
+from support.decoding import NO_END, NUM_POSITIONS, VOCABULARY, decoder_of, decoder_over, prompts_of, without_margins
+from support.models import make_model, make_neox_model
+from support.ranks import example_tokens, run_ranks
+from support.stages import load
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from comms.groups import Groups, join_process_group, make_closing_group, make_groups
+from comms.groups import join_process_group, make_groups
 from comms.links import MessageStream
-from comms.place import Place, place_of
+from comms.place import place_of
 from comms.spans import Spans
 from comms.transport import make_transport
 from modules.lm_ops import Segments
-from modules.stage import Stage
 from pipeline_parallel.decode import Decoder, Generated, groups_of
 from pipeline_parallel.partition import even_cut
 from training.gradient import GlobalGradient, Schedule
 from training.job import COLLECTIVE_TIMEOUT
 from user_error import UserError
-
-NUM_POSITIONS, VOCABULARY = 64, 320  # of the tiny models
-NO_END = VOCABULARY  # an id that nothing generates
-
-
-def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
 @torch.no_grad()
@@ -48,24 +40,6 @@ def expected_of(folder: Path, prompts: list[list[int]], max_new_tokens: int, eos
     out = model.generate(ids, attention_mask=mask, eos_token_id=None if eos == NO_END else eos, **settings)[:, width:].tolist()
     ended = [eos in row for row in out]
     return [Generated(ids=row[: row.index(eos)] if end else row, ended=end, margin=0.0) for row, end in zip(out, ended, strict=True)]
-
-
-def decoder_of(stage: Stage, rank: int, store: dist.Store, num_stages: int, batch_size: int, spans: Spans | None = None) -> Decoder:
-    place = place_of(rank, dp_size=1, pp_size=num_stages)
-    join_process_group(place, store, "gloo", COLLECTIVE_TIMEOUT)
-    return decoder_over(place, make_groups(place, "gloo", COLLECTIVE_TIMEOUT), stage, batch_size, spans)
-
-
-def decoder_over(place: Place, groups: Groups, stage: Stage, batch_size: int, spans: Spans | None = None) -> Decoder:
-    return Decoder(
-        place=place,
-        groups=groups,
-        closing_group=make_closing_group(place, groups, "gloo", COLLECTIVE_TIMEOUT),
-        stage=stage,
-        spans=spans or Spans(),
-        peer_names=[f"rank {r}" for r in range(place.world_size)],
-        batch_size=batch_size,
-    )
 
 
 Ask = tuple[list[list[int]], int, int]  # prompts, max_new_tokens, the end token
@@ -90,10 +64,6 @@ def generate(
 
     run_ranks(rank_main, num_stages, tmp_path)
     return [[Generated(**one) for one in answers] for answers in json.loads((tmp_path / "answers.json").read_text())]
-
-
-def without_margins(answers: list[Generated]) -> list[tuple[list[int], bool]]:
-    return [(one.ids, one.ended) for one in answers]
 
 
 @pytest.mark.parametrize("family", ["gptj", "gptneox", "gptneox in sequence"])

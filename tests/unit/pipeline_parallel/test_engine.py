@@ -11,9 +11,9 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.distributed as dist
-from harness import example_tokens, run_ranks
 from safetensors.torch import load_file, save_file
-from test_parity import load
+from support.ranks import example_tokens, run_ranks
+from support.stages import load
 from torch import nn
 
 from comms.groups import join_process_group, make_groups
@@ -248,7 +248,7 @@ def test_what_overflows_on_the_wire_is_noticed(wide_model: Path, tmp_path: Path)
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Width 64, which int4's groups divide."""
-    from conftest import make_model
+    from support.models import make_model
 
     folder = tmp_path_factory.mktemp("wide") / "model"
     make_model(folder, n_embd=64)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks, train_argv
+from support.ranks import run_ranks, train_argv
 
 from comms.place import place_of
 from comms.probe import LinkTimes

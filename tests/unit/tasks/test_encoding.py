@@ -5,8 +5,8 @@ import logging
 from typing import Any
 
 import pytest
-from harness import SHARED
-from packing_helpers import EOS, ListedDocuments, answered, letters, make_encoder, make_packer, text
+from support.packing import EOS, ListedDocuments, answered, letters, make_encoder, make_packer, text
+from support.ranks import SHARED
 
 from tasks.encoded_documents import AHEAD_DOCUMENTS, EncodedDocuments
 from tasks.encoding import Encoded, Encoder

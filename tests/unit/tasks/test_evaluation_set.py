@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import SHARED
-from packing_helpers import EOS, ListedDocument, answered, letters, make_encoder, text
+from support.packing import EOS, ListedDocument, answered, letters, make_encoder, text
+from support.ranks import SHARED
 from tokenizers import Tokenizer
 
 from modules.lm_ops import IGNORED_TARGET

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from harness import SHARED
+from support.ranks import SHARED
 
 from tasks.examples import BadRecordError, Example
 from tasks.natural_instructions import FEW_LABELS, NOTATIONS, PAGE_CHARS, InstructionRecords, InstructionTask

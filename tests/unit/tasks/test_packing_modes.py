@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import SHARED
-from packing_helpers import EOS, ListedDocuments, answered, make_encoder, make_packer, pack, rows, text
+from support.packing import EOS, ListedDocuments, answered, make_encoder, make_packer, pack, rows, text
+from support.ranks import SHARED
 
 from modules.lm_ops import IGNORED_TARGET
 from tasks.encoding import Encoder

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from harness import SHARED
+from support.ranks import REPOSITORY, SHARED
 
 from tasks.examples import BadRecordError, BoundTask, Example, Record
 from tasks.natural_instructions import InstructionRecords, InstructionTask
@@ -256,7 +256,7 @@ def test_real_instructions_are_read() -> None:
 
 
 def test_the_documentation_shows_what_is_made() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
+    page = (REPOSITORY / "docs" / "tasks.md").read_text()
     rows = [row.split("|") for row in page.splitlines() if row.startswith("| `{")]
     assert len(rows) == 4
     for _, record, text, _ in rows:

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from packing_helpers import answered, text
+from support.packing import answered, text
 
 from tasks.examples import Example, Piece
 from tasks.shots import SEPARATOR, Shots

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from packing_helpers import open_plainly
+from support.packing import open_plainly
 
 from tasks.task_list import parse_task_list
 from user_error import UserError

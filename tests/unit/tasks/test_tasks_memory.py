@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.ranks import REPOSITORY
+
 # Documents of 40 to 160 bytes; half of the tokens come from a plain file, half from a compressed one, which goes through its three
 # windows and begins again. 18,000 sequences kept alive by mistake would take 46 MB.
 SCRIPT = """
@@ -40,7 +42,7 @@ print(rss[20_000] - rss[2_000])
 
 def test_memory_after_20000_sequences_is_that_after_2000(tmp_path: Path) -> None:
     """In a process of its own, since other tests' memory comes and goes."""
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 5 * 10**6, f"{int(done.stdout) / 1e6:.1f} MB more"

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from packing_helpers import make_encoder, open_plainly
+from support.packing import make_encoder, open_plainly
+from support.ranks import SHARED
 
 from tasks.mixture import Mixture, counted_by_task, draw_task
 from tasks.packing import PackedSequence, PackingRules
@@ -19,7 +20,7 @@ from tasks.task_list import parse_task_list
 from user_error import UserError
 
 EOS = 256
-TOKENIZER_FOLDER = Path(__file__).resolve().parents[2] / "shared/data/tokenizers/gpt-j-6b"
+TOKENIZER_FOLDER = SHARED / "data" / "tokenizers" / "gpt-j-6b"
 
 
 def byte_values(text: str) -> list[int]:

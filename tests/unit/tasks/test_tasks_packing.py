@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from packing_helpers import EOS, letters, pack
+from support.packing import EOS, letters, pack
 
 from modules.lm_ops import IGNORED_TARGET
 from tasks.packing import num_targets, targets_within_segments

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packing_helpers import make_encoder, open_plainly
+from support.packing import make_encoder, open_plainly
 
 import tasks.readers
 from tasks.mixture import Mixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from packing_helpers import open_plainly
+from support.packing import open_plainly
 
 import tasks.lines
 import tasks.order

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from harness import SHARED
+from support.ranks import SHARED
 
 import tasks.lines
 import tasks.order

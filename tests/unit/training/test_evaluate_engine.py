@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from harness import example_tokens, run_ranks
 from safetensors.torch import load_file, save_file
-from test_decode import NO_END, decoder_of, prompts_of, without_margins
-from test_parity import load
+from support.decoding import NO_END, decoder_of, prompts_of, without_margins
+from support.ranks import example_tokens, run_ranks
+from support.stages import load
 from transformers import AutoModelForCausalLM
 
 from checkpoint.model_folder import ModelFolder, load_stage

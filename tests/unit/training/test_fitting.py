@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import evaluate, train
+from support.ranks import evaluate, train
 
 from modules.families import read_model_config
 from training import fitting, room
@@ -44,12 +44,8 @@ def test_ranks_of_one_host_add_up_and_those_of_others_do_not() -> None:
     assert said.startswith("its 2 ranks (0, 1) are predicted to take 16.00 GiB of the memory of host a, of which 10.00 GiB")
 
 
-@pytest.mark.parametrize(
-    ("needed", "verdict"), [(8.0, "fits"), (8.6, "fits"), (8.8, "may not"), (11.7, "may not"), (11.8, "cannot")]
-)
-def test_a_run_is_refused_only_where_the_prediction_exceeds_the_room_even_if_it_is_15_percent_too_high(
-    needed: float, verdict: str
-) -> None:
+@pytest.mark.parametrize(("needed", "verdict"), [(8.0, "fits"), (8.6, "fits"), (8.8, "may not"), (11.7, "may not"), (11.8, "cannot")])
+def test_a_run_is_refused_only_where_the_prediction_exceeds_the_room_even_if_it_is_15_percent_too_high(needed: float, verdict: str) -> None:
     found = shortages(rooms_of("a", free=10 * GIB), of_host(needed))
     assert bool(found) == (verdict != "fits")
     assert all(shortage.is_clear == (verdict == "cannot") for shortage in found)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import REPOSITORY
+from support.ranks import REPOSITORY
 
 from modules.families import read_model_config
 from modules.model_config import ModelConfig

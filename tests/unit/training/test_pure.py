@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from support.ranks import REPOSITORY
 
 from comms.place import place_of
 from comms.rendezvous import door_of_torchrun, parse_dist_url
@@ -138,5 +139,5 @@ def test_shared_flags_leave_out_what_a_host_may_spell_its_own_way() -> None:
 
 
 def test_the_documentation_of_flags_is_up_to_date() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "flags.md").read_text()
+    text = (REPOSITORY / "docs" / "flags.md").read_text()
     assert text.endswith(describe_flags(Config)), "run: python -m training.config > docs/flags.md"

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import REPOSITORY, log_rows, losses, train, train_argv
+from support.ranks import REPOSITORY, log_rows, losses, train, train_argv
 
 from training import exit_status, supervise
 from training.config import Config

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from harness import train
+from support.ranks import train
 
 from training.threads import Threads, compute_threads
 
@@ -28,10 +28,7 @@ SHARED = Threads(4, "8 cores / 2 ranks here")
             Threads(1, "OMP_NUM_THREADS"),
         ),
         (None, {"OMP_NUM_THREADS": ""}, SHARED),
-        *(
-            (None, {"OMP_NUM_THREADS": wrong}, SHARED._replace(ignored=wrong))
-            for wrong in ("abc", "0", "-1", "9999", "2x")
-        ),
+        *((None, {"OMP_NUM_THREADS": wrong}, SHARED._replace(ignored=wrong)) for wrong in ("abc", "0", "-1", "9999", "2x")),
     ],
 )
 def test_the_number_of_threads_is_the_users_word_before_it_is_a_share_of_the_cores(
@@ -68,17 +65,13 @@ def test_a_run_says_on_whose_word_it_computes_with_so_many_threads(
 ) -> None:
     """It was overruled without a word."""
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    monkeypatch.setattr(
-        "os.sched_getaffinity", lambda pid: {0, 1}
-    )  # one thread in any case: OpenMP's pool does not survive a fork
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})  # one thread in any case: OpenMP's pool does not survive a fork
     flags = {
         "model_name": model_folder,
         "task_name": tasks[0],
         "checkpoint_path": tmp_path / "run",
         "seq_length": 32,
     }
-    ranks = train(
-        tmp_path / "ranks", stages=2, num_threads=None, total_steps=1, batch_size=1, **flags
-    )
+    ranks = train(tmp_path / "ranks", stages=2, num_threads=None, total_steps=1, batch_size=1, **flags)
     for text in said:
         assert text in ranks[0].text

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from support.ranks import run_ranks
 
 from comms.clocks import ClockOffset, offset_to_rank_0, on_rank_0
 from comms.groups import join_process_group

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_helpers import Fault, all_end, both, fire, keep_connections, said, wait_until
-from harness import Process, free_port, launch, log_rows, losses, train_argv
-from test_coming_back import flags, num_rows, supervised, undisturbed
-from test_namespaces import HOSTS, two_hosts
+from support.faults import Fault, all_end, both, fire, keep_connections, said, wait_until
+from support.grids import num_rows, supervised, undisturbed
+from support.namespaces import HOSTS
+from support.ranks import Process, free_port, launch, log_rows, losses, train_argv
 
 from checkpoint.layer_store import StepWriter
 from comms.connections import Connections
@@ -27,8 +27,6 @@ from tasks.mixture import Mixture
 from training import meeting, trained
 from training.evaluator import Evaluator
 from training.loop import Trainer
-
-__all__ = ["flags", "two_hosts"]
 
 SHORT = DEADLINES.divided_by(20)
 SLOW_S = 4.0  # several of them: to meet again 1.5 s, to make a group 1 s, for a handshake 1.5 s
@@ -62,9 +60,7 @@ def check_that_nothing_happened(ranks: list[Process]) -> None:
     assert not [process for process in ranks if "meet again" in process.text], said(ranks)
 
 
-def test_slow_loads_steps_saves_evaluations_and_readers_are_no_failures(
-    flags: dict[str, Any], tasks: list[Path], tmp_path: Path
-) -> None:
+def test_slow_loads_steps_saves_evaluations_and_readers_are_no_failures(flags: dict[str, Any], tasks: list[Path], tmp_path: Path) -> None:
     flags |= {"total_steps": 4, "checkpoint_steps": 2, "async_checkpoint": False}
     flags |= {"evaluation_data": tasks[0], "evaluation_steps": 2, "max_eval_samples": 4}
     (stamps := tmp_path / "stamps").mkdir()
