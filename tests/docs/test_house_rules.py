@@ -99,6 +99,15 @@ def test_the_rule_of_floors_notices_an_import_upwards() -> None:
     assert FLOORS["training"] > FLOORS["modules"]
 
 
+def test_no_test_module_imports_another() -> None:
+    """What they share is in tests/support."""
+    modules = {path.stem: path for path in (REPOSITORY / "tests").rglob("*.py") if "support" not in path.parts}
+    assert len(modules) > 80
+    for path, tree in trees(list(modules.values())):
+        imported = {name for name in imported_rooms(tree) if name in modules}
+        assert not imported, f"{path} imports {imported}"
+
+
 def test_models_know_no_ranks_and_only_config_has_seen_argparse() -> None:
     for path, tree in trees(house()):
         rooms = imported_rooms(tree)

@@ -37,7 +37,7 @@ LONGEST_RUN_S = 300.0
 # of log rows and JSON files; all that is a time, or is made up anew by every run
 VOLATILE = {
     *("tokens_per_s", "data_wait_s", "data_wait_share", "save_stall_s", "seconds", "time"),
-    *("seconds_per_sequence", "run_token", "dist_url", "rank", "memory_limit", "written_at"),
+    *("seconds_per_sequence", "token", "run_token", "dist_url", "rank", "memory_limit", "written_at"),
 }
 Flags = Mapping[str, Any]
 
