@@ -37,8 +37,9 @@ LONGEST_RUN_S = 300.0
 # of log rows and JSON files; all that is a time, or is made up anew by every run
 VOLATILE = {
     *("tokens_per_s", "data_wait_s", "data_wait_share", "save_stall_s", "seconds", "time"),
-    *("seconds_per_sequence", "token", "run_token", "dist_url", "rank", "memory_limit", "written_at"),
+    *("seconds_per_sequence", "run_token", "dist_url", "rank", "memory_limit", "written_at"),
 }
+WHOSE_RUN = (".lock", ".run.json")  # files that say which process runs here
 Flags = Mapping[str, Any]
 
 
@@ -295,9 +296,11 @@ def stable(value: Any) -> Any:
     return [stable(entry) for entry in value] if isinstance(value, list) else value
 
 
-def fingerprint(path: Path) -> str:
-    """16 hex digits of a file's content."""
+def fingerprint(path: Path, folder: Path) -> str:
+    """16 hex digits of a file's content, wherever the ``folder`` of its run lies."""
     content = path.read_bytes()
+    if path.suffix in (".json", ".jsonl"):
+        content = content.replace(str(folder).encode(), b"FOLDER")
     if path.name == "manifest.json":  # hashes of files that are all looked at themselves
         entries = json.loads(content)
         names = {kind: sorted(entries.pop(kind)) for kind in ("files", "elsewhere")}
@@ -316,9 +319,9 @@ def outcome(folder: Path, inputs: Sequence[str]) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         own = path.is_file() and name.split("/")[0] not in inputs
-        if not own or path.name.startswith(".said_") or path.name == ".lock":
+        if not own or path.name.startswith((".said_", *WHOSE_RUN)):
             continue
-        found["files"][name] = fingerprint(path)
+        found["files"][name] = fingerprint(path, folder)
         if path.name == "train_log.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             found["fields"] += [sorted(row) for row in rows]
