@@ -150,7 +150,10 @@ class Config(ReadingConfig):
     )
 
     optimizer: Literal["adam", "8bit-adam"] = flag(
-        "adam", "adam: AdamW, fused, fp32 moments; 8bit-adam: moments in 8 bits, 2 bytes a parameter (needs bitsandbytes)", group=OPTIMIZER
+        "adam",
+        "adam: AdamW, fused, fp32 moments; 8bit-adam: moments in 8 bits, 2 bytes a parameter (needs bitsandbytes; on a CPU its update takes "
+        "some 30 times as long)",
+        group=OPTIMIZER,
     )
     optimizer_offload: Literal["none", "cpu"] = flag(
         "none", "cpu: masters and moments lie in host memory and are updated there; for GPUs, on a CPU they do anyway", group=OPTIMIZER

@@ -110,9 +110,12 @@ class Overview:
 
     def _in_words(self, rank: int, seen: _Seen, now: float) -> Shown:
         beat, who = seen.beat, self._describe(rank)
-        who = f"{who} " if who else ""
         if not seen.is_counted:
-            return Shown(about=beat.part, text=f"{beat.doing}: {who}for {duration(now - seen.since)} so far", share=None)
+            passed, whose = duration(now - seen.since), f" ({who})" if who else ""
+            if beat.part.startswith(STEP):
+                return Shown(about=beat.part, text=f"{beat.doing}{whose}, {passed} after the step began", share=None)
+            return Shown(about=beat.part, text=f"{beat.doing}{whose}, for {passed} so far", share=None)
+        who = f"{who} " if who else ""
         done, left = amount(beat.done, beat.total, beat.unit), eta_in_words(seen.eta_s(now))
         text = f"{beat.part}: {who}{done}, {left}"
         if beat.part.startswith(STEP):

@@ -150,7 +150,7 @@ def test_a_rank_that_only_waits_is_not_the_one_that_is_shown() -> None:
     assert shown is not None and "rank 1" in shown.text
     shown = overview.look({0: beat("a", waits=True), 1: beat("a", doing="step 4, forward")}, 12.0)
     shown = overview.look({0: beat("a", waits=True), 1: beat("a", doing="a thing of its own")}, 12.0 + UNCOUNTED_S)
-    assert shown is not None and shown.text == "a thing of its own: rank 1 for 0:10 so far"
+    assert shown is not None and shown.text == "a thing of its own (rank 1), for 0:10 so far"
 
 
 def test_what_is_quick_is_not_shown() -> None:
@@ -179,7 +179,7 @@ def test_a_step_of_more_than_half_a_minute_says_where_it_is() -> None:
     assert shown is not None
     assert shown.text == "step 3: 4 of 16 micro-batches (25 %) done, ETA 1:30 (rank 1 is in loss of micro-batch 5)"
     shown = overview.look({0: in_step(16, "update"), 1: in_step(16, "allreduce")}, STEP_S + 100)
-    assert shown is not None and shown.text == "step 3, update: rank 0 for 2:10 so far"
+    assert shown is not None and shown.text == "step 3, update (rank 0), 2:10 after the step began"
 
 
 def test_a_job_of_one_rank_names_no_rank() -> None:
@@ -237,4 +237,4 @@ def test_where_nobody_counts_any_more_the_rank_that_came_last_is_shown() -> None
     overview.look({0: through, 1: through}, 20.0)
     assert overview.look({0: through, 1: through}, 20.0 + UNCOUNTED_S - 0.1) is None, "rank 0 has only waited"
     shown = overview.look({0: through, 1: through}, 20.0 + UNCOUNTED_S)
-    assert shown is not None and shown.text == "loading: rank 1 for 0:10 so far"
+    assert shown is not None and shown.text == "loading (rank 1), for 0:10 so far"
