@@ -18,13 +18,13 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names that 
 
 try:
     from comms.links import PeerLost
-    from training.evaluating import evaluate_rank
-    from training.evaluation_config import EvalConfig, parse_eval_config
-    from training.evaluation_results import compare, write_results
-    from training.exit_status import EXIT_FAILED
-    from training.parsing import parse_meeting_point
-    from training.report import set_up_logging
-    from training.telling import TELL_FLAGS_S, tell_others
+    from training.config.cli import parse_meeting_point
+    from training.config.evaluation import EvalConfig, parse_eval_config
+    from training.evaluation.command import evaluate_rank
+    from training.evaluation.results import compare, write_results
+    from training.job.exit_status import EXIT_FAILED
+    from training.job.report import set_up_logging
+    from training.membership.announce import TELL_FLAGS_S, tell_others
     from user_error import UserError
 except KeyboardInterrupt:
     print("interrupted before anything had begun", file=sys.stderr)

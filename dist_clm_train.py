@@ -19,13 +19,13 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names that 
 
 try:
     from comms.links import PeerLost
-    from training.entry import train_rank
-    from training.exit_status import EXIT_DEFECT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_USAGE
-    from training.limits import explain_out_of_memory
-    from training.parsing import parse_config, parse_meeting_point
-    from training.report import set_up_logging
-    from training.supervise import arrange_supervision
-    from training.telling import TELL_FLAGS_S, tell_others
+    from training.api import train_rank
+    from training.config.cli import parse_config, parse_meeting_point
+    from training.job.exit_status import EXIT_DEFECT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_USAGE
+    from training.job.host_limits import explain_out_of_memory
+    from training.job.report import set_up_logging
+    from training.membership.announce import TELL_FLAGS_S, tell_others
+    from training.membership.supervisor import arrange_supervision
     from user_error import UserError
 except KeyboardInterrupt:
     print("interrupted before anything had begun", file=sys.stderr)

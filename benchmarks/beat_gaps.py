@@ -61,7 +61,7 @@ def watch(gaps: Gaps) -> None:
     from comms.heartbeat import Pulse
     from comms.lifeline import Lifeline
     from comms.members import Member
-    from training.supervise import LifePipe
+    from training.membership.supervisor import LifePipe
 
     ranks: dict[int, int] = {}
     make, feel, write, say = Member.__init__, Pulse.feel, Lifeline._write, LifePipe._say

@@ -96,9 +96,9 @@ def state_dict_of(stage, optimizer) -> dict[str, Any]:  # type: ignore[no-untype
 def our_saves(name: str, state: SimpleNamespace, folder: Path, num_saves: int) -> dict[str, list[float]]:
     """The trainer's Saver with a job of one rank."""
     from checkpoint.manifest import verify_step
-    from training.folders import Folders
-    from training.save_options import SaveOptions
-    from training.saving import Saver
+    from training.checkpoints.save_options import SaveOptions
+    from training.checkpoints.saver import Saver
+    from training.checkpoints.shared_folders import Folders
 
     is_async = name == "ours async"
     seconds: dict[str, list[float]] = {"stall": [], "until_written": []} if is_async else {"save": [], "cp": []}
@@ -221,8 +221,8 @@ def sizes_that_fit(sizes: Sizes) -> Sizes:
     import torch
 
     from modules.gptj import GPTJConfig
-    from training.held import count_parameters
-    from training.measure import default_memory_limit
+    from training.job.host_limits import default_memory_limit
+    from training.memory.held import count_parameters
 
     counts = count_parameters(GPTJConfig.from_hf(sizes.hf_config))
     per_parameter = 3 * 4 * COPIES_IN_MEMORY  # fp32 weight and two moments

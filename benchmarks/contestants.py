@@ -22,7 +22,7 @@ from modules.lm_ops import Segments, next_token_targets
 from modules.stage import Stage, draw_parameter, empty_stage
 from optim.build import AdamSettings, AdamW
 from pipeline_parallel.simulator import Durations
-from training.gradient import GlobalGradient, Schedule
+from training.compute.gradient import GlobalGradient, Schedule
 
 LEARNING_RATE = 1e-4
 CLIP_GRAD_NORM = 1.0

@@ -27,7 +27,7 @@ from modules.lm_ops import Segments
 from pipeline_parallel.engine import MicroBatch, PipelineEngine
 from pipeline_parallel.schedule import extra_warmup_for, order, warmup_forwards
 from pipeline_parallel.simulator import Durations
-from training.gradient import LEAST_DEPTH, Schedule, wire_codecs
+from training.compute.gradient import LEAST_DEPTH, Schedule, wire_codecs
 
 CPU = torch.device("cpu")
 NUM_LINEARS = 24  # of a stage: four layers of GPT-J; the weight gradient of a micro-batch is as many pieces
@@ -133,7 +133,7 @@ class _Loss(torch.autograd.Function):
 
 
 class OurEmulation:
-    """One rank of our pipeline: links as training/gradient.py makes them, and the engine over an emulated stage."""
+    """One rank of our pipeline: links as training/compute/gradient.py makes them, and the engine over an emulated stage."""
 
     def __init__(self, work: Work, place: Place, groups: Groups, schedule: Schedule, num_micro_batches: int) -> None:
         self._work, self._place, self._groups, self._schedule, self._num = work, place, groups, schedule, num_micro_batches

@@ -39,8 +39,9 @@ from checkpoint.layer_store import StepWriter  # noqa: E402
 from comms.deadlines import DEADLINES, Deadlines  # noqa: E402
 from comms.heartbeat import Beat, Pulse  # noqa: E402
 from modules.stage import Stage  # noqa: E402
-from training import meeting, trained  # noqa: E402
-from training.evaluator import Evaluator  # noqa: E402
+from training.compute.evaluator import Evaluator  # noqa: E402
+from training.membership import meeting  # noqa: E402
+from training.start import weights  # noqa: E402
 
 WORLD_SIZE = 4
 LONGEST_RUN_S = 900.0
@@ -71,7 +72,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
 def slow_down(run: Run, rank: int) -> None:
     """In a rank: each rank is slow at something else."""
     places: list[tuple[Any, str]] = [
-        (trained, "load_weights"),
+        (weights, "load_weights"),
         (Stage, "forward"),
         (StepWriter, "write_layer"),
         (Evaluator, "mean_loss"),

@@ -93,7 +93,7 @@ def be_rank(rank: int, variant: Variant, sizes: Sizes, measures: str, folder: Pa
 
     from comms.groups import join_process_group
     from comms.place import place_of
-    from training.allocator import keep_freed_memory
+    from training.memory.allocator import keep_freed_memory
 
     kind, num_stages = variant["kind"], variant["stages"]
     torch.set_num_threads(len(os.sched_getaffinity(0)) if kind in ONE_PROCESS else 1)
@@ -129,8 +129,8 @@ def measured_cut(place, store, groups, variant: Variant, sizes: Sizes):  # type:
 
     from modules.gptj import GPTJConfig
     from pipeline_parallel.partition import even_cut
-    from training.config import Config
-    from training.plan import agree_on_plan
+    from training.config.train import Config
+    from training.layout.plan import agree_on_plan
 
     job = SimpleNamespace(
         place=place,

@@ -4,7 +4,7 @@
 
 All train the same GPT-J (the same random weights in bf16, the same fp32 adapters) on the same ids, in the same micro-batches, with
 AdamW and clipping at 1; nobody drops anything, logs or saves. "ours" is what one rank of dist_clm_train.py runs: the stage and optimizer
-of training/assembly.py and training/gradient.py. "trainer" is transformers.Trainer with bf16 and use_cpu, timed by a callback from the
+of training/compute/build.py and gradient.py. "trainer" is transformers.Trainer with bf16 and use_cpu, timed by a callback from the
 beginning to the end of each step, its reading of data left out as ours is. "loop" is model(...).loss.backward(), clip_grad_norm_ and
 torch's fused AdamW. Each round runs every variant once, in a process of its own and in an order that turns; ratios are taken within a
 round. Forward, backward, norm, clipping and update are timed, by the clock and by CPU time. The benchmark fails if the losses of the
@@ -50,11 +50,11 @@ def run_ours(given: dict[str, Any], sizes: Sizes) -> Found:
     from modules.gptj import GPTJConfig
     from modules.lm_ops import next_token_targets
     from modules.stage import draw_parameter
-    from training.allocator import keep_freed_memory
-    from training.assembly import WeightTaker, assemble_stage, make_optimizer
-    from training.config import Config
-    from training.gradient import GlobalGradient, Schedule
-    from training.precision import precision_of
+    from training.compute.build import WeightTaker, assemble_stage, make_optimizer
+    from training.compute.gradient import GlobalGradient, Schedule
+    from training.config.precision import precision_of
+    from training.config.train import Config
+    from training.memory.allocator import keep_freed_memory
 
     keep_freed_memory()
     config = Config(

@@ -127,7 +127,7 @@ def make_runners(case: Case, work, place, groups):  # type: ignore[no-untyped-de
     from comms.codecs import make_codec
     from pipeline_parallel.schedule import order
     from pipeline_parallel.simulator import Wire, simulate
-    from training.gradient import Schedule
+    from training.compute.gradient import Schedule
 
     runners: dict[str, Any] = {}
     told: dict[str, Any] = {}

@@ -45,7 +45,7 @@ def be_rank(rank: int, given: dict[str, Any], sizes: Sizes, folder: Path) -> flo
     from comms.groups import join_process_group, make_groups
     from comms.place import place_of
     from pipeline_parallel.partition import even_cut
-    from training.allocator import keep_freed_memory
+    from training.memory.allocator import keep_freed_memory
 
     torch.set_num_threads(given["threads"])
     if given["kind"] == "hf":

@@ -1,6 +1,6 @@
 """One layer of a training checkpoint into a stage: weights, fp32 masters and optimizer states, strictly.
 
-Left to others: where the two files lie, in this host's folder or another's (training/resuming.py).
+Left to others: where the two files lie, in this host's folder or another's (training/checkpoints/discovery.py).
 """
 
 from collections.abc import Callable, Mapping

@@ -8,7 +8,7 @@ sees it. Promises: at whatever moment the job is killed, ``<root>/<step>`` is ei
 untouched. Files are flushed before the manifest is written, the manifest before the rename. The files are cut by layer, never by stage, so
 a checkpoint can be resumed at any pipeline degree; ``from_pretrained(<step folder>)`` works. A model folder is the same without
 train_state.
-Left to others: who calls when, who waits for whom (training/saving.py), what the training state holds (train_state.py).
+Left to others: who calls when, who waits for whom (training/checkpoints/saver.py), what the training state holds (train_state.py).
 """
 
 import itertools

@@ -10,8 +10,8 @@ together are the checkpoint. Merging folders of one step is a plain copy: whiche
 
 Promises: ``find_newest_step`` returns a folder only if every file is there in full size, says in words why it passed a newer one over,
 and never changes anything. Sizes are what a killed or full disk gets wrong; ``hashes=True`` also finds flipped bits, at the price of
-reading everything. Left to others: writing the folder (layer_store.py), putting several folders together (training/resuming.py,
-gather.py).
+reading everything. Left to others: writing the folder (layer_store.py), putting several folders together (gather.py,
+training/checkpoints/discovery.py).
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 
 On a terminal that is a bar with the time left, which goes away at the end. Elsewhere (a file, a log) it is a line every 10 s, the first
 after 3 s, so that what is quick says nothing. Commands that work alone use counted(); the ranks of a job are shown by rank 0
-(training/progress_display.py).
+(training/membership/progress_display.py).
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """What a rank is doing, and when: spans of time that name their work.
 
 Always on in its cheap form (a few attributes, so that a message about a lost peer can say what it was doing, and since when). Recording
-every span is asked for by tests and by --profiling tidy_profiling (training/tracing.py)."""
+every span is asked for by tests and by --profiling tidy_profiling (training/timeline/tracing.py)."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,7 @@
 """Cut L layers into S stages: evenly, by hand, or by what each stage would cost.
 
 Pure: numbers in, ranges of layers out; every layer is covered, every stage gets one. Left to others: finding out the costs
-(training/plan.py).
+(training/layout/plan.py).
 """
 
 import heapq

@@ -13,17 +13,17 @@ from typing import Any
 
 from checkpoint.manifest import step_positions
 from tasks.task_list import join_items
-from training.config import Config
-from training.evaluating import evaluate_rank
-from training.evaluation_config import EvalConfig, complete_eval
-from training.evaluation_results import EvaluationResults, write_results
-from training.flags import flag_name, parse_flags
-from training.parsing import complete
-from training.report import set_up_logging
-from training.resuming import newest_in_sight
-from training.rounds import Rounds
-from training.stopping import StopRequest
-from training.supervise import Supervised
+from training.checkpoints.discovery import newest_in_sight
+from training.config.cli import complete
+from training.config.evaluation import EvalConfig, complete_eval
+from training.config.flags import flag_name, parse_flags
+from training.config.train import Config
+from training.evaluation.command import evaluate_rank
+from training.evaluation.results import EvaluationResults, write_results
+from training.job.report import set_up_logging
+from training.job.stopping import StopRequest
+from training.membership.supervisor import Supervised
+from training.runner import Rounds
 from user_error import UserError
 
 

@@ -16,31 +16,32 @@ from typing import Any
 from comms.spans import EVALUATING, KEEPING, SAVING, WAITING_FOR_CHECKPOINT, WAITING_FOR_DATA
 from optim.decide import StepDecision, Wishes
 from optim.loss_scale import LossScale
-from training.assembly import assemble_stage, import_packages, make_optimizer
-from training.bad_batch import keep_bad_batch
-from training.config import Config
-from training.data import sequences_per_step, start_reader
-from training.feed import StepFeed, TokenFeed
-from training.folders import Folders
-from training.gradient import GlobalGradient
-from training.job import Job, MeetAgain
-from training.keeping import Keeping
-from training.limits import Limits
-from training.peak_memory import PeakMemory
-from training.plan import PipelinePlan
-from training.precision import precision_of
-from training.replicas import check_replicas_alike
-from training.report import Report
-from training.save_options import Best
-from training.skipping import SkippedSteps
-from training.standing import CommonGround, Standing
-from training.start import ReadingDesk, Start
-from training.step_row import step_row
-from training.stopping import StopRequest
-from training.tracing import TidyProfiler, make_profiler
-from training.trained import learning_rate_of, load_trained
-from training.validation import start_validation
-from training.verifying import check_probe, make_probe
+from training.checkpoints.manager import Keeping
+from training.checkpoints.probe import check_probe, make_probe
+from training.checkpoints.save_options import Best
+from training.checkpoints.shared_folders import Folders
+from training.compute.bad_batch import keep_bad_batch
+from training.compute.build import assemble_stage, make_optimizer, step_companions
+from training.compute.feed import StepFeed, TokenFeed
+from training.compute.gradient import GlobalGradient
+from training.compute.replicas import check_replicas_alike
+from training.compute.skipping import SkippedSteps
+from training.compute.step_row import step_row
+from training.config.precision import precision_of
+from training.config.train import Config
+from training.config.trained import import_packages
+from training.data.sources import sequences_per_step, start_reader
+from training.evaluation.during_training import start_validation
+from training.job.host_limits import Limits
+from training.job.job import Job, MeetAgain
+from training.job.report import Report
+from training.job.stopping import StopRequest
+from training.layout.plan import PipelinePlan
+from training.membership.recovery import CommonGround, Standing
+from training.memory.peak import PeakMemory
+from training.start.agreement import ReadingDesk, Start
+from training.start.weights import learning_rate_of, load_trained
+from training.timeline.tracing import TidyProfiler, make_profiler
 from user_error import UserError
 
 log = logging.getLogger("trainer")
@@ -128,7 +129,8 @@ class Trainer:
             clip_grad_norm=config.clip_grad_norm,
             dropout_seed=config.seed if config.dropout or (config.train == "lora" and config.lora_dropout) else None,
         )
-        self._keeping.connect(job, folders, rescue, desk)
+        companions = None if desk is None else step_companions(config, job.model, job.model_config, desk.encoder.folder)
+        self._keeping.connect(job, folders, rescue, companions)
         self._validation = start_validation(
             job, config, self._gradient, self._stage, desk.validation if desk is not None else None, self._root
         )
@@ -334,7 +336,7 @@ class Trainer:
         return True
 
     def _say_memory(self) -> None:
-        from training.memory import describe, predict_stage  # what it needs of torch takes a second to import
+        from training.memory.prediction import describe, predict_stage  # what it needs of torch takes a second to import
 
         job = self._job
         measured = self._peak_memory.bytes()

@@ -22,23 +22,23 @@ import torch.distributed as dist
 
 from comms.links import PeerLost
 from comms.place import place_of
-from training.config import Config
-from training.epochs import with_total_steps
-from training.fitting import check_training_fits
-from training.folders import Folders, find_folders
-from training.job import Job, MeetAgain, all_say
-from training.limits import Limits
+from training.checkpoints.ram_snapshots import find_rescue_folders
+from training.checkpoints.shared_folders import Folders, find_folders
+from training.config.train import Config
+from training.data.epochs import with_total_steps
+from training.job.host_limits import Limits
+from training.job.job import Job, MeetAgain, all_say
+from training.job.report import set_up_logging
+from training.job.stopping import StopRequest
+from training.layout.plan import agree_on_plan
+from training.layout.summary import describe_run
 from training.loop import Trainer
-from training.meeting import Meetings, Return
-from training.opening import describe_run
-from training.plan import agree_on_plan
-from training.report import set_up_logging
-from training.rescue import find_rescue_folders
-from training.standing import Standing, common_ground
-from training.start import agree, claim_folder
-from training.stopping import StopRequest
-from training.supervise import Supervised
-from training.tracing import check_trace_path
+from training.membership.meeting import Meetings, Return
+from training.membership.recovery import Standing, common_ground
+from training.membership.supervisor import Supervised
+from training.memory.fitting import check_training_fits
+from training.start.agreement import agree, claim_folder
+from training.timeline.tracing import check_trace_path
 from user_error import UserError
 
 log = logging.getLogger("trainer")

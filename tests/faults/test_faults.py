@@ -19,7 +19,8 @@ from tqdm.std import TqdmDefaultWriteLock
 from checkpoint.layer_store import StepWriter
 from comms.heartbeat import BEAT_S
 from pipeline_parallel.engine import PipelineEngine
-from training import job, telling
+from training.job import job
+from training.membership import announce
 
 DEADLINE_S = 10.0
 
@@ -170,7 +171,7 @@ def test_want_of_memory_is_explained_on_all_ranks(victim: int, flags: dict[str, 
 def test_ranks_with_other_code_are_refused_before_anything_is_done(flags: dict[str, Any], tmp_path: Path) -> None:
     def before(rank: int) -> None:
         if rank == 3:
-            telling.code_version = lambda: "0123456789ab"
+            announce.code_version = lambda: "0123456789ab"
 
     url = f"tcp://127.0.0.1:{free_port()}"
     processes = launch(lambda rank: train_argv(**flags, rank=rank, dist_url=url), 4, tmp_path / "ranks", before)

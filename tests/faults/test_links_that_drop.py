@@ -23,11 +23,11 @@ from comms.place import place_of
 from comms.spans import Spans
 from comms.transport import break_off_waits, make_transport, wait_for, wait_for_all
 from pipeline_parallel.engine import PipelineEngine
-from training import loop, rounds
-from training.ending import see_it_leave
-from training.job import COLLECTIVE_TIMEOUT
-from training.local_facts import LocalFacts
-from training.standing import Standing, common_ground
+from training import loop, runner
+from training.job.job import COLLECTIVE_TIMEOUT
+from training.job.local_facts import LocalFacts
+from training.membership.exits import see_it_leave
+from training.membership.recovery import Standing, common_ground
 
 STEPS = 8
 
@@ -175,7 +175,7 @@ def test_links_that_break_again_and_again_end_the_job_in_words(model_folder: Pat
 
         made: list[Any] = []
         keep_connections(made)
-        rounds.MOST_REPLAYS, rounds.LONGEST_PAUSE_S = 4, 0.5
+        runner.MOST_REPLAYS, runner.LONGEST_PAUSE_S = 4, 0.5
         backward = PipelineEngine._backward
 
         def broken(*args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from support.models import make_model, make_tokenizer
 from support.ranks import Process, equal_files, free_port, launch, log_rows, train_argv
 
 from checkpoint.manifest import read_manifest, verify_step
-from training import saving
+from training.checkpoints import saver
 
 STEPS, CUT_OFF = 3, 2  # saves after steps 1, 2, 3; the second is the one that meets a fault
 AT_ONCE = 3
@@ -39,7 +39,7 @@ class DiskCalls:
 
     def arm(self) -> None:
         """For ``before`` of a rank: called in the rank's own process."""
-        real_run, real_open = saving._StepSave.run, builtins.open
+        real_run, real_open = saver._StepSave.run, builtins.open
 
         def run(work: Any) -> None:
             self._thread = threading.get_ident() if work.writer.step == CUT_OFF else None
@@ -48,7 +48,7 @@ class DiskCalls:
             finally:
                 self._thread = None
 
-        saving._StepSave.run = run  # type: ignore[method-assign]
+        saver._StepSave.run = run  # type: ignore[method-assign]
         for name in ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir", "ftruncate", "truncate", "pwrite"):
             setattr(os, name, self._watched(name, getattr(os, name)))
 
@@ -246,18 +246,18 @@ def no_space() -> None:
 
 def note_given_up(listing: Path) -> None:
     """For ``before``: what the folder holds when a keeper has given the step up, one line each."""
-    real_run = saving._StepSave.run
+    real_run = saver._StepSave.run
 
     def run(work: Any) -> None:
         try:
             real_run(work)
-        except saving.StepNotSaved:
+        except saver.StepNotSaved:
             names = ",".join(sorted(p.name for p in work.writer.root.iterdir() if p.is_dir()))
             with listing.open("a") as file:
                 file.write(f"{work.writer.step}: {names}\n")
             raise
 
-    saving._StepSave.run = run  # type: ignore[method-assign]
+    saver._StepSave.run = run  # type: ignore[method-assign]
 
 
 #           stages, separate, async, victim, point, what the error names
@@ -336,7 +336,7 @@ def test_a_file_that_the_system_does_not_let_grow_is_told_and_the_next_save_work
 
     def before(rank: int) -> None:
         note_given_up(tmp_path / "given up")
-        real_run, hard = saving._StepSave.run, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        real_run, hard = saver._StepSave.run, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
         def limited(work: Any) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if rank == 1 and work.writer.step == CUT_OFF else hard, hard))
@@ -345,7 +345,7 @@ def test_a_file_that_the_system_does_not_let_grow_is_told_and_the_next_save_work
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-        saving._StepSave.run = limited  # type: ignore[method-assign]
+        saver._StepSave.run = limited  # type: ignore[method-assign]
 
     processes = run.start(tmp_path / "ranks", before)
     finish(processes)
@@ -376,8 +376,8 @@ def test_a_disk_that_is_really_full_is_told_emptied_and_written_again(
 
         def before(rank: int) -> None:
             note_given_up(tmp_path / "given up")
-            real_run = saving._StepSave.run
-            saving.ROOM_BYTES = -(2**40)  # there was room when it was looked for
+            real_run = saver._StepSave.run
+            saver.ROOM_BYTES = -(2**40)  # there was room when it was looked for
 
             def on_a_full_disk(work: Any) -> None:
                 if work.writer.step == CUT_OFF:
@@ -387,7 +387,7 @@ def test_a_disk_that_is_really_full_is_told_emptied_and_written_again(
                 finally:
                     (disk / "others").unlink(missing_ok=True)
 
-            saving._StepSave.run = on_a_full_disk  # type: ignore[method-assign]
+            saver._StepSave.run = on_a_full_disk  # type: ignore[method-assign]
 
         (process,) = run.start(tmp_path / "ranks", before)
         finish([process])

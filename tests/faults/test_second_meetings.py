@@ -17,11 +17,12 @@ from support.ranks import Process, equal_files, launch, log_rows, losses, train_
 
 from comms.connections import Connections
 from comms.links import PeerLost
-from training import keeping, meeting
-from training.keeping import Keeping
+from training.checkpoints import manager
+from training.checkpoints.manager import Keeping
+from training.checkpoints.saver import Best
+from training.evaluation.during_training import Evaluation
 from training.loop import Trainer
-from training.saving import Best
-from training.validation import Evaluation
+from training.membership import meeting
 
 
 def again(flags: dict[str, Any], tmp_path: Path, *victims: int, attempt: int = 1) -> list[Process]:
@@ -215,10 +216,10 @@ def test_a_replica_waits_where_there_is_no_room_for_the_checkpoint_it_would_begi
     stamp = tmp_path / "fired"
 
     def full(rank: int) -> None:
-        from training import saving
+        from training.checkpoints import saver
 
-        keeping.RETRY_S = 0.5
-        usage, began = saving.shutil.disk_usage, tmp_path / "full"
+        manager.RETRY_S = 0.5
+        usage, began = saver.shutil.disk_usage, tmp_path / "full"
 
         def no_room(path: Any) -> Any:
             found = usage(path)
@@ -227,7 +228,7 @@ def test_a_replica_waits_where_there_is_no_room_for_the_checkpoint_it_would_begi
                 return found._replace(free=10)
             return found
 
-        saving.shutil = SimpleNamespace(**{**vars(saving.shutil), "disk_usage": no_room})  # type: ignore[assignment] # others ask, too
+        saver.shutil = SimpleNamespace(**{**vars(saver.shutil), "disk_usage": no_room})  # type: ignore[assignment] # others ask, too
 
     before = both(full, plant(Fault.KILL, "backward", 1, stamp))
     ranks = launch(lambda rank: train_argv(**flags, rank=rank), 2, tmp_path / "ranks", before)
@@ -367,7 +368,7 @@ def test_what_a_rank_owes_is_owed_by_all_after_any_number_of_meetings(monkeypatc
 
     heard, deaf = rank(False, owes_save=True), rank(False, owes_save=False)
     said: list[Any] = []
-    monkeypatch.setattr(keeping, "all_say", lambda job, store, what, mine: said.append(mine) or said)
+    monkeypatch.setattr(manager, "all_say", lambda job, store, what, mine: said.append(mine) or said)
     job: Any = type("_", (), {"store": None})()
     heard.make_up(job)
     deaf.make_up(job)

@@ -24,9 +24,10 @@ from comms.deadlines import DEADLINES
 from comms.interfaces import list_interfaces
 from modules.stage import Stage
 from tasks.mixture import Mixture
-from training import meeting, trained
-from training.evaluator import Evaluator
+from training.compute.evaluator import Evaluator
 from training.loop import Trainer
+from training.membership import meeting
+from training.start import weights
 
 SHORT = DEADLINES.divided_by(20)
 SLOW_S = 4.0  # several of them: to meet again 1.5 s, to make a group 1 s, for a handshake 1.5 s
@@ -65,7 +66,7 @@ def test_slow_loads_steps_saves_evaluations_and_readers_are_no_failures(flags: d
     flags |= {"evaluation_data": tasks[0], "evaluation_steps": 2, "max_eval_samples": 4}
     (stamps := tmp_path / "stamps").mkdir()
     places = [
-        (trained, "load_weights", 1, 1),
+        (weights, "load_weights", 1, 1),
         (Trainer, "__init__", 3, 1),
         (Stage, "forward", 2, 1),  # of the first step, when nobody knows how long a step takes
         (Stage, "forward", 1, 4),

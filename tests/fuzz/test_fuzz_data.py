@@ -26,8 +26,8 @@ from tasks.records import record_of_line
 from tasks.sources import open_source
 from tasks.streams import blocks
 from tasks.task_list import TaskSpec, parse_task_list
-from training.config import Config
-from training.flags import parse_flags
+from training.config.flags import parse_flags
+from training.config.train import Config
 from user_error import UserError
 
 RECORDS: dict[str, list[dict[str, Any]]] = {

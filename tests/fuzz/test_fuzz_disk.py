@@ -25,7 +25,7 @@ from checkpoint.job_lock import LOCK_NAME, JobLock, lock_holder, read_lock_token
 from checkpoint.manifest import MANIFEST, TRAINER_FILE, find_newest_step, read_manifest, verify_step
 from checkpoint.model_folder import ModelFolder, read_json_object
 from modules.families import read_model_config
-from training.resuming import check_same_model, find_resume_point
+from training.checkpoints.discovery import check_same_model, find_resume_point
 from user_error import UserError
 
 INDEX = "model.safetensors.index.json"

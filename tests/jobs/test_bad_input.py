@@ -176,7 +176,7 @@ def test_a_rank_taken_twice_is_named_to_all(flags: dict[str, Any], tmp_path: Pat
 
 
 def test_two_rank_zeros_both_hear_of_each_other(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.meeting.TELL_OTHERS_S", 3.0)
+    monkeypatch.setattr("training.membership.meeting.TELL_OTHERS_S", 3.0)
     processes = two_ranks({**flags, "rendezvous_timeout": 60}, tmp_path, rank1={"rank": 0})
     texts = ended(processes)
     assert all("is taken, by another job or another rank 0" in text for text in texts), texts
@@ -214,7 +214,7 @@ def foreign_port() -> Iterator[int]:
 def test_a_taken_port_is_named_and_a_foreign_program_is_not_taken_for_rank_0(
     foreign_port: int, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.meeting.DEADLINES", dataclasses.replace(DEADLINES, handshake_s=1.0))
+    monkeypatch.setattr("training.membership.meeting.DEADLINES", dataclasses.replace(DEADLINES, handshake_s=1.0))
     flags |= {"rendezvous_timeout": 5}
     url = {"dist_url": f"tcp://127.0.0.1:{foreign_port}"}
     texts = ended(two_ranks(flags, tmp_path, rank0=url, rank1=url))

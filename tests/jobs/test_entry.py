@@ -7,7 +7,7 @@ import pytest
 from support.ranks import fork, losses, train
 
 import training
-from training.config import Config
+from training.config.train import Config
 from user_error import UserError
 
 

@@ -13,10 +13,10 @@ from support.ranks import log_rows, train
 from tasks.mixture import draw_task
 from tasks.packing import PackingRules
 from tasks.task_list import parse_task_list
-from training.config import Config
-from training.data import OLDER_IDENTITY
-from training.data_flags import data_problems
-from training.epochs import count_steps
+from training.config.data_flags import data_problems
+from training.config.train import Config
+from training.data.epochs import count_steps
+from training.data.sources import OLDER_IDENTITY
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

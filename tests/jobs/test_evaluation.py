@@ -10,7 +10,7 @@ import torch
 from support.ranks import equal_files, evaluate, losses, steps_in, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.evaluation_results import compare
+from training.evaluation.results import compare
 from user_error import UserError
 
 LABELS = ("yes", "no", "perhaps")

@@ -18,11 +18,12 @@ from support.ranks import log_rows, losses, steps_in, train
 
 from checkpoint.manifest import step_positions
 from comms.place import place_of
-from training import limits, saving
-from training.bad_batch import save_bad_batch
-from training.limits import GIB, Limits, explain_out_of_memory, free_memory
-from training.parsing import parse_config
-from training.report import LOOK_BACK_BYTES, Report
+from training.checkpoints import saver
+from training.compute.bad_batch import save_bad_batch
+from training.config.cli import parse_config
+from training.job import host_limits
+from training.job.host_limits import GIB, Limits, explain_out_of_memory, free_memory
+from training.job.report import LOOK_BACK_BYTES, Report
 from user_error import UserError
 
 
@@ -59,9 +60,9 @@ def test_max_seconds_counts_from_the_start_of_the_supervisor() -> None:
 
 def test_a_host_that_runs_out_of_memory_stops_all_ranks_behind_the_step(flags: dict[str, Any], tmp_path: Path) -> None:
     def before(rank: int) -> None:
-        limits.POLL_S = 0.0
+        host_limits.POLL_S = 0.0
         if rank == 1:
-            limits.free_memory = lambda: GIB // 10  # type: ignore[assignment]
+            host_limits.free_memory = lambda: GIB // 10  # type: ignore[assignment]
 
     ranks = train(tmp_path / "ranks", stages=2, before=before, **{**flags, "total_steps": 100_000})
     assert steps_in(tmp_path / "run") == ["1"]
@@ -71,8 +72,8 @@ def test_a_host_that_runs_out_of_memory_stops_all_ranks_behind_the_step(flags: d
 
 def test_memory_is_warned_of_once_before_it_ends_a_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     free = iter([4 * GIB, GIB * 3 // 2, GIB * 3 // 2, GIB // 2, 4 * GIB])
-    monkeypatch.setattr(limits, "free_memory", lambda: next(free))
-    monkeypatch.setattr(limits, "POLL_S", 0.0)
+    monkeypatch.setattr(host_limits, "free_memory", lambda: next(free))
+    monkeypatch.setattr(host_limits, "POLL_S", 0.0)
     watch = Limits(max_seconds=None, min_free_memory=1.0)
     with caplog.at_level(logging.WARNING, logger="trainer"):
         said = [watch.reason() for _ in range(5)]
@@ -82,8 +83,8 @@ def test_memory_is_warned_of_once_before_it_ends_a_run(monkeypatch: pytest.Monke
 
 
 def test_no_limit_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "free_memory", lambda: 0)
-    monkeypatch.setattr(limits, "POLL_S", 0.0)
+    monkeypatch.setattr(host_limits, "free_memory", lambda: 0)
+    monkeypatch.setattr(host_limits, "POLL_S", 0.0)
     assert Limits(max_seconds=None, min_free_memory=0.0).reason() is None
 
 
@@ -97,6 +98,12 @@ def test_the_limit_of_any_cgroup_around_the_process_counts(tmp_path: Path) -> No
     membership = tmp_path / "cgroup"
     membership.write_text("0::/outer/inner\n")
     assert free_memory(tmp_path, membership) == 1000 - 700 + 100
+    first_version = tmp_path / "memory"
+    first_version.mkdir()
+    for name, content in (("limit_in_bytes", "2000"), ("usage_in_bytes", "500"), ("stat", "total_inactive_file 20")):
+        (first_version / f"memory.{name}").write_text(content + "\n")
+    membership.write_text("9:name=systemd:/\n4:memory:/docker/seen-from-outside\n2:cpu,cpuacct:/\n0::/\n")
+    assert free_memory(tmp_path, membership) == 2000 - 500 + 20
     membership.write_text("0::/\n")
     assert free_memory(tmp_path, membership) == pytest.approx(psutil.virtual_memory().available, rel=0.5)
     assert free_memory(tmp_path, tmp_path / "nothing") > 1000
@@ -129,8 +136,8 @@ def test_too_little_room_is_found_before_anything_is_written(
 ) -> None:
     def before(_: int) -> None:
         usage = shutil.disk_usage("/")
-        saving.shutil.disk_usage = lambda path: usage._replace(free=1000)  # type: ignore[attr-defined]
-        saving.StepWriter.begin = lambda self: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+        saver.shutil.disk_usage = lambda path: usage._replace(free=1000)  # type: ignore[attr-defined]
+        saver.StepWriter.begin = lambda self: 1 / 0  # type: ignore[assignment,method-assign,return-value]
 
     ranks = train(tmp_path / "ranks", expect=1, before=before, **flags)
     assert "where 1.00kB are free" in ranks[0].text and "ZeroDivision" not in ranks[0].text

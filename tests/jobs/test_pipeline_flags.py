@@ -11,7 +11,9 @@ from support.models import make_model, make_tokenizer
 from support.ranks import equal_files, log_rows, losses, train
 
 from comms.spans import CATEGORIES
-from training import allocator, meeting, tracing
+from training.membership import meeting
+from training.memory import allocator
+from training.timeline import tracing
 
 STEPS = 4
 

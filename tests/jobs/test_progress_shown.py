@@ -14,14 +14,14 @@ from support.ranks import evaluate, train
 
 import comms.progress
 import tasks.order
-import training.progress_display
-import training.trained
+import training.start.weights
 from checkpoint.layer_store import StepWriter
 from comms.spans import WAITING_FOR_DATA, Spans
 from modules.stage import Stage
 from tasks.prompts import TaskOptions, tasks_by_name
 from tasks.readers import ReadingRules, open_documents
 from tasks.task_list import parse_task_list
+from training.membership import progress_display
 
 PROGRESS = re.compile(r"ETA|so far|after the step began|waiting for \d")
 
@@ -35,8 +35,8 @@ def flags(model_folder: Path, tasks: list[Path]) -> dict[str, Any]:
 def show_soon() -> None:
     """Thresholds of a fraction of a second, called in every rank before it begins."""
     comms.progress.EVERY_S = 0.5
-    training.progress_display.FIRST_S = training.progress_display.STEP_S = 0.6
-    training.progress_display.LOOK_S = 0.1
+    progress_display.FIRST_S = progress_display.STEP_S = 0.6
+    progress_display.LOOK_S = 0.1
 
 
 def slower(work: Callable[..., Any], seconds: float) -> Callable[..., Any]:
@@ -57,12 +57,12 @@ def test_loading_and_a_slow_step_name_the_slower_rank_with_a_time_left(flags: di
     def before(rank: int) -> None:
         show_soon()
         if rank == 1:
-            load = training.trained.load_weights
+            load = training.start.weights.load_weights
 
             def load_slowly(folder: Any, shapes: Any, take: Any, progress: Any) -> None:
                 load(folder, shapes, slower(take, 0.08), progress)
 
-            training.trained.load_weights = load_slowly
+            training.start.weights.load_weights = load_slowly
             Stage.loss_sum = slower(Stage.loss_sum, 0.5)  # type: ignore[method-assign]
 
     rank_0, rank_1 = train(tmp_path / "ranks", stages=2, before=before, checkpoint_path=tmp_path / "run", **{**flags, "batch_size": 8})
@@ -110,7 +110,7 @@ def test_a_long_evaluation_is_shown_in_records_and_tokens(flags: dict[str, Any],
 
 
 def test_the_script_that_evaluates_shows_where_it_is(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((comms.progress, "EVERY_S"), (training.progress_display, "FIRST_S"), (training.progress_display, "LOOK_S")):
+    for module, name in ((comms.progress, "EVERY_S"), (progress_display, "FIRST_S"), (progress_display, "LOOK_S")):
         monkeypatch.setattr(module, name, 0.2)
     monkeypatch.setattr(Stage, "row_losses", slower(Stage.row_losses, 0.3))
     data = tmp_path / "texts.jsonl"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.ranks import Process, equal_files, free_port, launch, log_rows, train, train_argv
 
-from training.rescue import HOST_MEMORY, rescue_folder
+from training.checkpoints.ram_snapshots import HOST_MEMORY, rescue_folder
 
 pytestmark = pytest.mark.skipif(not HOST_MEMORY.is_dir(), reason=f"this host has no {HOST_MEMORY}")
 

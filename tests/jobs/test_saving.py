@@ -16,9 +16,9 @@ from checkpoint.layer_store import StepWriter
 from checkpoint.manifest import read_manifest
 from checkpoint.train_state import read_trainer_state
 from optim.build import AdamW
-from training import saving
-from training.snapshot import HostCopy, LayerState, num_bytes
-from training.stopping import ONE_REQUEST_S
+from training.checkpoints import saver
+from training.checkpoints.host_copy import HostCopy, LayerState, num_bytes
+from training.job.stopping import ONE_REQUEST_S
 
 STEPS = 6
 SLOW_S = 0.4
@@ -129,7 +129,7 @@ def test_with_async_checkpoint_false_training_stands_still_and_the_log_says_how_
 def test_without_room_for_a_copy_training_waits_and_says_why(
     flags: dict[str, Any], waiting_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "default_memory_limit", lambda device, ranks_here: 1000)
+    monkeypatch.setattr(saver, "default_memory_limit", lambda device, ranks_here: 1000)
     run, events = tmp_path / "run", tmp_path / "events"
     (process, other) = train(tmp_path, stages=2, before=write_slowly(events, run, None), checkpoint_path=run, **flags)
     for text in (process.text, other.text):

@@ -23,7 +23,7 @@ from modules.gptj import GPTJConfig
 from modules.lm_ops import Segments
 from modules.stage import empty_stage, layer_key_of_index
 from optim import build
-from training import saving
+from training.checkpoints import saver
 
 STEPS = 6
 
@@ -153,7 +153,7 @@ def test_every_checkpoint_loads_with_from_pretrained_and_equals_the_trainers_own
     stages: int, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each stage notes, at every save, the hidden states its live parameters give; the last stage's logits are compared with HF's."""
-    original = saving.Saver.save
+    original = saver.Saver.save
     ids = torch.arange(5, 29)[None]
     segments = Segments.from_positions(torch.arange(24)[None])
 
@@ -172,7 +172,7 @@ def test_every_checkpoint_loads_with_from_pretrained_and_equals_the_trainers_own
             partial.rename(tmp_path / f"hidden_{step}_{stage.last}.pt")
         return original(saver, step, *arguments, **flags)
 
-    monkeypatch.setattr(saving.Saver, "save", note_and_save)
+    monkeypatch.setattr(saver.Saver, "save", note_and_save)
     train(tmp_path, stages=stages, checkpoint_path=tmp_path / "run", **flags)
     for step in (2, 4, 6):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / str(step))

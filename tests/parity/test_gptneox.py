@@ -25,7 +25,7 @@ from modules.gptneox import GPTNeoXConfig
 from modules.lm_ops import Segments, next_token_targets
 from modules.model_config import GELU_OF_ACTIVATION
 from modules.stage import Stage, empty_stage, meta_stage
-from training.saving import Saver
+from training.checkpoints.saver import Saver
 from user_error import UserError
 
 NUM_LAYERS, SEQ_LENGTH = 4, 24

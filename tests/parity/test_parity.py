@@ -24,8 +24,8 @@ from modules.lm_ops import IGNORED_TARGET, Segments, chunked_cross_entropy, next
 from optim.build import AdamSettings, AdamW
 from pipeline_parallel.partition import even_cut
 from pipeline_parallel.schedule import PipelineMode
-from training.gradient import GlobalGradient, Schedule
-from training.job import COLLECTIVE_TIMEOUT
+from training.compute.gradient import GlobalGradient, Schedule
+from training.job.job import COLLECTIVE_TIMEOUT
 from user_error import UserError
 
 SEQ_LENGTH, NUM_SEQUENCES, CLIP = 24, 16, 0.05

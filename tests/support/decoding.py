@@ -10,7 +10,7 @@ from comms.place import Place, place_of
 from comms.spans import Spans
 from modules.stage import Stage
 from pipeline_parallel.decode import Decoder, Generated
-from training.job import COLLECTIVE_TIMEOUT
+from training.job.job import COLLECTIVE_TIMEOUT
 
 NUM_POSITIONS, VOCABULARY = 64, 320  # of the tiny models
 

@@ -20,8 +20,11 @@ from data_parallel.allreduce import GradientBuckets
 from modules.stage import Stage
 from optim.build import AdamW
 from pipeline_parallel.engine import PipelineEngine
-from training import gradient, loop, meeting, trained
-from training.evaluator import Evaluator
+from training import loop
+from training.compute import gradient
+from training.compute.evaluator import Evaluator
+from training.membership import meeting
+from training.start import weights
 
 SAYS_SO_S = 1.3  # a beat goes out every half second: by then the hub knows what the victim is in
 
@@ -51,7 +54,7 @@ class Phase:
 
 PHASES = {
     "rendezvous": Phase(owner=meeting.Meetings, name="_form", call=1, says="starting"),
-    "loading": Phase(owner=trained, name="load_weights", call=1, says="loading weights"),
+    "loading": Phase(owner=weights, name="load_weights", call=1, says="loading weights"),
     "forward": Phase(owner=PipelineEngine, name="_forward", call=6, says="step 3, forward of micro-batch 1", inner=(Stage, "forward")),
     "backward": Phase(
         owner=PipelineEngine, name="_backward", call=6, says="step 3, backward of micro-batch 1", inner=(torch.Tensor, "backward")

@@ -7,8 +7,8 @@ from typing import Any
 
 from support.ranks import equal_files, log_rows, losses, train
 
-from training import entry
-from training.supervise import Supervised
+from training import api
+from training.membership.supervisor import Supervised
 
 
 class NoPipe:
@@ -22,7 +22,7 @@ def supervised(attempt: int) -> Callable[[int], None]:
     def before(rank: int) -> None:
         lost_at = time.time() if attempt else None
         worker = Supervised(run_id="a test", attempt=attempt, lost_at=lost_at, began_at=time.time(), pipe=NoPipe())  # type: ignore[arg-type]
-        entry.Supervised = type("_", (), {"from_environment": staticmethod(lambda: worker)})  # type: ignore[assignment,misc]
+        api.Supervised = type("_", (), {"from_environment": staticmethod(lambda: worker)})  # type: ignore[assignment,misc]
 
     return before
 

@@ -252,7 +252,7 @@ def command_line(step: Step, rank: int, port: int) -> list[str]:
     return argv
 
 
-def _child(script: str, argv: Sequence[str], output: Path) -> None:
+def _child(tree: Path, script: str, argv: Sequence[str], output: Path) -> None:
     """A forked process: the script's main with its output in a file; ends with its exit status."""
     descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -260,6 +260,7 @@ def _child(script: str, argv: Sequence[str], output: Path) -> None:
     status = 99
     try:
         module = importlib.import_module(script)
+        assert str(module.__file__).startswith(f"{tree}{os.sep}"), f"{module.__file__} is not of {tree}"
         convert_family = script.rsplit("_", 1)[1]
         status = module.main(convert_family, argv) if "convert" in script else module.main(argv)
     except SystemExit as left:
@@ -270,7 +271,7 @@ def _child(script: str, argv: Sequence[str], output: Path) -> None:
         os._exit(status or 0)
 
 
-def run_step(step: Step, folder: Path, number: int) -> list[int | None]:
+def run_step(tree: Path, step: Step, folder: Path, number: int) -> list[int | None]:
     """The exit statuses of a step's processes, which run in ``folder``; None: it did not end in time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -281,7 +282,7 @@ def run_step(step: Step, folder: Path, number: int) -> list[int | None]:
     for rank in range(max(1, step.world_size)):
         output = folder / f".said_{number}_{rank}.txt"
         argv = command_line(step, rank, port)
-        processes.append(fork.Process(target=_child, args=(step.script, argv, output)))
+        processes.append(fork.Process(target=_child, args=(tree, step.script, argv, output)))
         processes[-1].start()
     for process in processes:
         process.join(LONGEST_RUN_S)
@@ -329,8 +330,8 @@ def outcome(folder: Path, inputs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def record(only: str, show: Callable[[str], None]) -> dict[str, Any]:
-    """All runs whose name matches the pattern ``only``, with the code that is found first in sys.path."""
+def record(tree: Path, only: str, show: Callable[[str], None]) -> dict[str, Any]:
+    """All runs whose name matches the pattern ``only``, with the code of ``tree``."""
     import torch
     import transformers
 
@@ -345,7 +346,7 @@ def record(only: str, show: Callable[[str], None]) -> dict[str, Any]:
             show(f"{number} of {len(chosen)}: {name}")
             folder = Path(root) / "work"
             shutil.copytree(Path(root) / "inputs", folder)
-            statuses = [run_step(step, folder, n) for n, step in enumerate(RUNS[name])]
+            statuses = [run_step(tree, step, folder, n) for n, step in enumerate(RUNS[name])]
             said = {p.name: p.read_text()[-2000:] for p in sorted(folder.glob(".said_*"))}
             found[name] = {"statuses": statuses, **outcome(folder, inputs), "said": said}
             os.chdir(REPOSITORY)
@@ -418,8 +419,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.command == "record":
         file = options.file.absolute()
-        sys.path[:0] = [str(options.tree.absolute()), str(REPOSITORY / "tests")]
-        found = record(options.only, lambda line: print(line, file=sys.stderr))
+        tree = options.tree.resolve()
+        sys.path[:0] = [str(tree), str(REPOSITORY / "tests")]
+        found = record(tree, options.only, lambda line: print(line, file=sys.stderr))
         file.write_text(json.dumps(found, indent=1) + "\n")
         return 0
     if options.command == "compare":

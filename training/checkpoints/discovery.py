@@ -34,7 +34,7 @@ from checkpoint.tensor_file import FileRecord
 from checkpoint.train_state import read_trainer_state
 from modules.families import read_model_config
 from modules.model_config import ModelConfig
-from training.job import COLLECTIVE_TIMEOUT, Job, all_say
+from training.job.job import COLLECTIVE_TIMEOUT, Job, all_say
 from user_error import UserError
 
 log = logging.getLogger("trainer")

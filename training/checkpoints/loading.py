@@ -21,9 +21,9 @@ from comms.links import naming_the_peer
 from comms.transport import wait_for
 from modules.stage import Stage, layer_keys
 from optim.build import AdamW
-from training.folders import COLLECTED_PREFIX
-from training.job import Job
-from training.resuming import ResumePoint
+from training.checkpoints.discovery import ResumePoint
+from training.checkpoints.shared_folders import COLLECTED_PREFIX
+from training.job.job import Job
 from user_error import UserError
 
 WIRE_CHUNK_BYTES = 16 << 20

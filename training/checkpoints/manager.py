@@ -13,14 +13,13 @@ from typing import Any
 
 from modules.stage import Stage
 from optim.build import AdamW
-from training.assembly import step_companions, step_weights
-from training.config import Config
-from training.folders import Folders
-from training.job import Job, all_say
-from training.rescue import rescue_folder
-from training.save_options import Best, SaveOptions
-from training.saving import Saver
-from training.start import ReadingDesk
+from training.checkpoints.ram_snapshots import rescue_folder
+from training.checkpoints.save_options import Best, SaveOptions
+from training.checkpoints.saver import Saver
+from training.checkpoints.shared_folders import Folders
+from training.compute.build import step_weights
+from training.config.train import Config
+from training.job.job import Job, all_say
 
 RETRY_S = 60.0  # where a save that others wait for came to nothing
 
@@ -38,11 +37,11 @@ class Keeping:
         self._kept_at = time.monotonic()
         self._failed_at = -RETRY_S
 
-    def connect(self, job: Job, folders: Folders, rescue: Folders | None, desk: ReadingDesk | None) -> None:
-        """Collective over all ranks, at the start of a meeting. rescue: who sees whose host memory, None without --rescue-interval."""
+    def connect(self, job: Job, folders: Folders, rescue: Folders | None, companions: dict[str, bytes] | None) -> None:
+        """Collective over all ranks, at the start of a meeting. rescue: who sees whose host memory, None without --rescue-interval.
+        companions: on rank 0, the files beside the weights of a step, by name."""
         config = self._config
         self._rescue: Saver | None = None
-        companions = None if desk is None else step_companions(config, job.model, job.model_config, desk.encoder.folder)
 
         def saver(name: str, root: Path, found: Folders, keep: int) -> Saver:
             options = SaveOptions(

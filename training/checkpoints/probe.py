@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from optim.decide import StepDecision
-from training.config import Config
-from training.job import Job
+from training.config.train import Config
+from training.job.job import Job
 from user_error import UserError
 
 log = logging.getLogger("trainer")

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from checkpoint.layer_store import remove_partials
 from checkpoint.manifest import step_positions
-from training.config import Config
-from training.folders import Folders, find_folders
-from training.job import Job, all_say
-from training.resuming import ResumePoint, find_resume_point
+from training.checkpoints.discovery import ResumePoint, find_resume_point
+from training.checkpoints.shared_folders import Folders, find_folders
+from training.config.train import Config
+from training.job.job import Job, all_say
 from user_error import UserError
 
 log = logging.getLogger("trainer")

@@ -33,11 +33,11 @@ from checkpoint.tensor_file import FileRecord, TensorSource, explained_disk_erro
 from comms.store_tunnel import another_connection
 from modules.stage import Stage
 from optim.build import AdamW
-from training.folders import Folders
-from training.job import COLLECTIVE_TIMEOUT, Job
-from training.measure import default_memory_limit
-from training.save_options import Best, SaveOptions
-from training.snapshot import HostCopy, LayerState, layers_of, num_bytes
+from training.checkpoints.host_copy import HostCopy, LayerState, layers_of, num_bytes
+from training.checkpoints.save_options import Best, SaveOptions
+from training.checkpoints.shared_folders import Folders
+from training.job.host_limits import default_memory_limit
+from training.job.job import COLLECTIVE_TIMEOUT, Job
 from user_error import UserError
 
 log = logging.getLogger("trainer")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from checkpoint.tensor_file import explained_disk_errors
 from comms.place import Place
-from training.job import COLLECTIVE_TIMEOUT, Job, all_say
+from training.job.job import COLLECTIVE_TIMEOUT, Job, all_say
 from user_error import UserError
 
 TOKEN_PREFIX = ".seen-by."

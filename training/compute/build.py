@@ -3,7 +3,7 @@
     meta stage -> frozen linears quantised -> storage -> adapters or trained norms -> values, weight by weight as they are read
 
 Promises: whatever is frozen is filled straight from the mapped files, so memory stays one tensor above the result. Left to others: which
-files (training/collecting.py), the optimizer (optim/).
+files (training/checkpoints/loading.py), the optimizer (optim/).
 """
 
 import dataclasses
@@ -21,46 +21,18 @@ from checkpoint.model_folder import ModelFolder
 from checkpoint.tensor_file import json_bytes
 from checkpoint.weight_file import TensorSpec
 from comms.spans import Spans
-from modules.adapters import LoraSettings, add_lora, check_targets, draw_adapters, import_peft, train_layernorms
+from modules.adapters import add_lora, check_targets, draw_adapters, train_layernorms
 from modules.dropout import seed_lora_dropout
 from modules.model_config import ModelConfig
-from modules.quantized import check_nf4_available, quantize_linears, quantized_parts
+from modules.quantized import quantize_linears, quantized_parts
 from modules.stage import Stage, meta_stage, stored_name
 from optim.build import AdamSettings, AdamW
-from optim.eight_bit import EightBitAdamW, check_bitsandbytes
-from training.config import Config
-from training.flags import flag_name
-from training.precision import Precision
+from optim.eight_bit import EightBitAdamW
+from training.config.flags import flag_name
+from training.config.precision import Precision
+from training.config.train import Config
+from training.config.trained import lora_settings
 from user_error import UserError
-
-
-def lora_settings(config: Config) -> LoraSettings | None:
-    """None unless LoRA is trained. Raises UserError."""
-    if config.train != "lora":
-        return None
-    targets = tuple(target for target in (part.strip() for part in config.lora_target_modules.split(",")) if target)
-    return LoraSettings(rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=targets)
-
-
-def check_assembly(config: Config, model_config: ModelConfig, device: torch.device) -> None:
-    """What can be known before any weight is read: targets that exist, packages that are there. Raises UserError."""
-    if config.train != "all":
-        import_peft()
-    settings = lora_settings(config)
-    if settings is not None:
-        check_targets(meta_stage(dataclasses.replace(model_config, num_layers=1), 0, 1), settings)
-    if config.base_quantization == "nf4":
-        check_nf4_available(device)
-    if config.optimizer == "8bit-adam":
-        check_bitsandbytes()
-
-
-def import_packages(config: Config) -> None:
-    """What assembling will import, beforehand. Raises UserError where it is missing."""
-    if config.train != "all":
-        import_peft()
-    if config.optimizer == "8bit-adam":
-        EightBitAdamW(AdamSettings(beta1=0.0, beta2=0.0, eps=1.0, weight_decay=0.0))
 
 
 def assemble_stage(config: Config, model_config: ModelConfig, layers: tuple[int, int], device: torch.device, precision: Precision) -> Stage:

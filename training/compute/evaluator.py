@@ -23,7 +23,7 @@ from comms.transport import wait_for
 from modules.lm_ops import IGNORED_TARGET
 from pipeline_parallel.decode import Generated
 from tasks.packing import num_targets
-from training.job import Job
+from training.job.job import Job
 
 HEADER_INTS = 4  # number of dimensions, then up to three sizes
 

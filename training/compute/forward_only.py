@@ -9,8 +9,8 @@ from comms.groups import make_closing_group
 from modules.stage import Stage
 from pipeline_parallel.decode import Decoder
 from pipeline_parallel.engine import PipelineEngine
-from training.gradient import LEAST_DEPTH, link_to_neighbour, micro_batches_of, wire_codecs
-from training.job import COLLECTIVE_TIMEOUT, Job
+from training.compute.gradient import LEAST_DEPTH, link_to_neighbour, micro_batches_of, wire_codecs
+from training.job.job import COLLECTIVE_TIMEOUT, Job
 
 
 class ForwardOnly:

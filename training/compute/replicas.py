@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modules.stage import Stage
-from training.job import COLLECTIVE_TIMEOUT, Job
+from training.job.job import COLLECTIVE_TIMEOUT, Job
 from user_error import UserError
 
 SUM_CHUNK_ELEMENTS = 2**22

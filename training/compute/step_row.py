@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 from optim.decide import StepDecision
-from training.config import Config
-from training.data import drawn_so_far, sequences_per_step
-from training.feed import StepFeed
-from training.gradient import wire_report
+from training.compute.feed import StepFeed
+from training.compute.gradient import wire_report
+from training.config.train import Config
+from training.data.sources import drawn_so_far, sequences_per_step
 
 
 def step_row(

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from comms.rendezvous import parse_dist_url
 from optim.loss_scale import LARGEST as LARGEST_LOSS_SCALE
 from pipeline_parallel.partition import parse_stage_layers
-from training.assembly import lora_settings
-from training.config import Config
-from training.data_flags import data_problems
-from training.flags import flag_name, parse_flags, parse_known_flags
-from training.job_config import JobConfig
+from training.config.data_flags import data_problems
+from training.config.flags import flag_name, parse_flags, parse_known_flags
+from training.config.shared import JobConfig
+from training.config.train import Config
+from training.config.trained import lora_settings
 from user_error import UserError
 
 AnyConfig = TypeVar("AnyConfig", bound=JobConfig)

@@ -5,8 +5,8 @@ What needs the data itself (labels to balance, columns, a tokenizer) is checked 
 
 import math
 
-from training.config import Config
-from training.job_config import ReadingConfig
+from training.config.shared import ReadingConfig
+from training.config.train import Config
 
 
 def data_problems(config: Config) -> list[str]:

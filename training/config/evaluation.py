@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from training.config import Config
-from training.data_flags import reading_problems
-from training.flags import describe_flags, flag, parse_flags
-from training.job_config import ReadingConfig
-from training.parsing import fill_in, out_of_range
+from training.config.cli import fill_in, out_of_range
+from training.config.data_flags import reading_problems
+from training.config.flags import flag, parse_flags
+from training.config.shared import ReadingConfig
+from training.config.train import Config
 from user_error import UserError
 
 EVALUATION, SHOTS, RESULT = "evaluation", "few-shot prompts", "results"
@@ -138,12 +138,3 @@ def _not_fitting(config: EvalConfig) -> list[str]:
     if config.quantize_ends and config.base_quantization == "none":
         problems.append("--quantize-ends adds to --base-quantization, which is none. Leave it out, or give --base-quantization int8")
     return problems
-
-
-if __name__ == "__main__":
-    print(
-        "# Flags of dist_clm_eval.py\n\nMade by `python -m training.evaluation_config > docs/evaluation_flags.md`. Any of them "
-        "can stand in "
-        "`--config FILE.yaml` by name.\n"
-    )
-    print(describe_flags(EvalConfig), end="")

@@ -15,7 +15,7 @@ import torch
 from modules.stage import compute_dtype
 from optim.loss_scale import LossScaleSettings
 from optim.masters import MasterForm
-from training.config import Config
+from training.config.train import Config
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 GRADIENT_BYTES = 4  # per parameter that is trained

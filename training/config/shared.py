@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 from comms.rendezvous import DEFAULT_DIST_URL, Door, door_of_torchrun, parse_dist_url
-from training.flags import flag
+from training.config.flags import flag
 
 MODEL, MEETING, GRID, RECORDS, PRECISION, TRAINED, MACHINE = (
     "model",

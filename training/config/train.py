@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from comms.codecs import WireDtype
 from pipeline_parallel.schedule import PipelineMode
-from training.flags import describe_flags, flag
-from training.job_config import GRID, PRECISION, TRAINED, ReadingConfig
+from training.config.flags import flag
+from training.config.shared import GRID, PRECISION, TRAINED, ReadingConfig
 
 DATA, STEPS, VALIDATION, OPTIMIZER, SAVING, FAILURES, REPORT = (
     *("data", "steps", "validation", "optimizer", "checkpoints"),
@@ -151,8 +151,8 @@ class Config(ReadingConfig):
 
     optimizer: Literal["adam", "8bit-adam"] = flag(
         "adam",
-        "adam: AdamW, fused, fp32 moments; 8bit-adam: moments in 8 bits, 2 bytes a parameter (needs bitsandbytes; on a CPU its update takes "
-        "some 30 times as long)",
+        "adam: AdamW, fused, fp32 moments; 8bit-adam: moments in 8 bits, 2 bytes a parameter (needs bitsandbytes; on a CPU its update "
+        "takes some 30 times as long)",
         group=OPTIMIZER,
     )
     optimizer_offload: Literal["none", "cpu"] = flag(
@@ -299,11 +299,3 @@ PER_RANK_FLAGS = frozenset(
 def shared_flags(config: Config) -> dict[str, Any]:
     """The flags that must be equal on all ranks, by flag name; the hub compares them before anything else happens."""
     return {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items() if name not in PER_RANK_FLAGS}
-
-
-if __name__ == "__main__":
-    print(
-        "# Flags of dist_clm_train.py\n\nMade by `python -m training.config > docs/flags.md`. Any of them can stand in "
-        "`--config FILE.yaml` by name.\n"
-    )
-    print(describe_flags(Config), end="")

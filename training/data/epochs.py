@@ -19,9 +19,9 @@ from tasks.encoding import Encoder
 from tasks.mixture import OpenDocuments, draw_task
 from tasks.packing import PackingRules, sequences_in_pass
 from tasks.task_list import TaskSpec
-from training.config import Config
-from training.data import load_text_encoder, packing_rules, sequences_per_step, training_sources
-from training.job import Job, all_say
+from training.config.train import Config
+from training.data.sources import load_text_encoder, packing_rules, sequences_per_step, training_sources
+from training.job.job import Job, all_say
 from user_error import UserError
 
 log = logging.getLogger("trainer")

@@ -20,9 +20,9 @@ from tasks.prompts import TaskOptions, tasks_by_name
 from tasks.readers import Documents, ReadingRules, open_documents
 from tasks.samples import as_text
 from tasks.task_list import TaskSpec, parse_task_list
-from training.config import Config
-from training.flags import flag_name
-from training.job_config import JobConfig, ReadingConfig
+from training.config.flags import flag_name
+from training.config.shared import JobConfig, ReadingConfig
+from training.config.train import Config
 from user_error import UserError
 
 log = logging.getLogger("trainer")

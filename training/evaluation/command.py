@@ -31,20 +31,20 @@ from tasks.metrics import Confusion, Counts, Verdict, confusion, import_sklearn_
 from tasks.packing import PackingRules
 from tasks.readers import ReadingRules
 from tasks.shots import Shots
-from training.assembly import WeightTaker, assemble_stage
-from training.config import Config
-from training.data import TextEncoder, load_text_encoder, sources_of
-from training.evaluation_config import EvalConfig
-from training.evaluation_results import Answers, EvaluationResults, about, check_drawable, check_writable, judged_rows
-from training.evaluator import Evaluator
-from training.fitting import check_evaluation_fits
-from training.forward_only import ForwardOnly
-from training.job import Job, all_say
-from training.meeting import Meetings
-from training.opening import describe_threads
-from training.precision import precision_of
-from training.report import set_up_logging
-from training.resuming import newest_in_sight
+from training.checkpoints.discovery import newest_in_sight
+from training.compute.build import WeightTaker, assemble_stage
+from training.compute.evaluator import Evaluator
+from training.compute.forward_only import ForwardOnly
+from training.config.evaluation import EvalConfig
+from training.config.precision import precision_of
+from training.config.train import Config
+from training.data.sources import TextEncoder, load_text_encoder, sources_of
+from training.evaluation.results import Answers, EvaluationResults, about, check_drawable, check_writable, judged_rows
+from training.job.job import Job, all_say
+from training.job.report import set_up_logging
+from training.layout.summary import describe_threads
+from training.membership.meeting import Meetings
+from training.memory.fitting import check_evaluation_fits
 from user_error import UserError
 
 log = logging.getLogger("trainer")

@@ -22,14 +22,14 @@ from tasks.evaluation_set import EvaluationSet, Prompt
 from tasks.metrics import Counts, perplexity
 from tasks.packing import PackingRules
 from tasks.readers import ReadingRules
-from training.config import Config
-from training.data import TextEncoder, packing_rules, sources_of
-from training.evaluation_results import about, finite, judged_rows, write_examples
-from training.evaluator import Evaluator
-from training.forward_only import make_decoder
-from training.gradient import GlobalGradient
-from training.job import Job, all_say
-from training.save_options import Best
+from training.checkpoints.save_options import Best
+from training.compute.evaluator import Evaluator
+from training.compute.forward_only import make_decoder
+from training.compute.gradient import GlobalGradient
+from training.config.train import Config
+from training.data.sources import TextEncoder, packing_rules, sources_of
+from training.evaluation.results import about, finite, judged_rows, write_examples
+from training.job.job import Job, all_say
 
 log = logging.getLogger("trainer")
 

@@ -13,7 +13,7 @@ from pipeline_parallel.decode import Generated
 from tasks.encoding import Encoder
 from tasks.evaluation_set import EvaluationExample, Prompt
 from tasks.metrics import Confusion, Counts, McNemar, mcnemar
-from training.report import table
+from training.job.report import table
 from user_error import UserError
 
 MAX_SHOWN_LABELS = 12  # beyond which a matrix is wider than a terminal

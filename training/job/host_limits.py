@@ -15,6 +15,7 @@ log = logging.getLogger("trainer")
 
 GIB = 2**30
 CGROUPS = Path("/sys/fs/cgroup")
+MEMORY_SHARE = 0.9  # the rest: buffers of links, temporaries of single operations, fragmentation
 POLL_S = 1.0  # reading /proc more often tells nothing new
 
 
@@ -86,6 +87,15 @@ def _left(folder: Path, limit: str, used: str, cache: str) -> int | None:
     if not most.isdecimal():
         return None
     return max(0, int(most) - now + (int(found[1]) if found else 0))
+
+
+def default_memory_limit(device: torch.device, ranks_here: int) -> int:
+    """Bytes this rank may plan with: MEMORY_SHARE of what is free now, on its GPU, or on its host (in its control group, where that
+    is tighter) divided by the ``ranks_here`` that share it. Call it on all ranks before any of them takes much."""
+    if device.type == "cuda":
+        return int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
+    room = free_memory()
+    return int(MEMORY_SHARE * max(0, room)) // ranks_here
 
 
 def explain_out_of_memory(error: BaseException) -> str | None:

@@ -17,7 +17,7 @@ from comms.links import naming_the_peer
 from comms.place import Place, place_of
 from comms.spans import Spans
 from comms.transport import NO_LIMIT, wait_for
-from training.local_facts import LocalFacts
+from training.job.local_facts import LocalFacts
 
 COLLECTIVE_TIMEOUT = NO_LIMIT  # losses, and ranks that do not get on, are noticed by the lifelines
 

@@ -1,6 +1,6 @@
 """What one rank can find out alone, before it talks to anybody: its place, interface, device, and the model from its headers.
 
-Reads no weight and writes nothing. Every mistake found here is a UserError; training/job.py takes it to the other ranks.
+Reads no weight and writes nothing. Every mistake found here is a UserError; training/job/job.py takes it to the other ranks.
 """
 
 import importlib.util
@@ -15,8 +15,8 @@ from comms.place import Place, place_of
 from modules.families import read_model_config
 from modules.model_config import ModelConfig
 from pipeline_parallel.partition import Cut, cut_by_num_layers, cut_by_stage_layers, even_cut, parse_stage_layers
-from training.assembly import check_assembly
-from training.config import Config
+from training.config.train import Config
+from training.config.trained import check_assembly
 from user_error import UserError
 
 

@@ -23,9 +23,7 @@ class Threads(NamedTuple):
     ignored: str = ""
 
 
-def compute_threads(
-    flag: int | None, environment: Mapping[str, str], cores: int, ranks_here: int
-) -> Threads:
+def compute_threads(flag: int | None, environment: Mapping[str, str], cores: int, ranks_here: int) -> Threads:
     """``flag`` (--num-threads), else OMP_NUM_THREADS, else the ``cores`` shared by the ranks here.
 
     A list such as 4,2 is for nested regions, of which there are none: its first number counts.

@@ -2,7 +2,7 @@
 too, the last stage's the head and the loss.
 
 An even cut knows neither that the head of a large vocabulary costs as much as several layers nor that one machine is slower than the
-next, and a step takes as long as its slowest stage. From what is measured here training/plan.py lays out the pipeline.
+next, and a step takes as long as its slowest stage. From what is measured here training/layout/plan.py lays out the pipeline.
 
 Promises: the code that is timed is the code that trains (modules/stage.py); no more memory than the stage will need anyway; torch's
 random state and thread count stay as they are. Left to others: the optimizer's update and the sum over replicas, once per step, and the
@@ -15,9 +15,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -27,17 +25,12 @@ from modules.lm_ops import HEAD_CHUNK_ROWS, Segments
 from modules.model_config import ModelConfig
 from modules.stage import Stage, empty_stage
 from pipeline_parallel.partition import Cut, StageCost, explain_cut, size_in_words, stage_bytes, stage_seconds
-from training.held import HeldBytes, held_in_fp32
-from training.report import table
+from training.job.report import table
+from training.memory.held import HeldBytes, held_in_fp32
 from user_error import UserError
 
 MIN_ROUNDS = 3
 WARM_UP_SHARE = 0.25  # of the budget
-MEMORY_SHARE = 0.9  # the rest: buffers of links, temporaries of single operations, fragmentation
-CONTROL_GROUP_FILES = {  # by controllers as /proc/self/cgroup has them: version 2, version 1
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
 NOISE_ELEMENTS = 2**16
 
 
@@ -125,15 +118,6 @@ def describe_cut(costs: Sequence[StageCost], cut: Cut, in_flight: Sequence[int])
         available = size_in_words(costs[s].memory_limit_bytes)
         rows.append((str(s), ", ".join(parts), f"{seconds[s] * 1e3:.1f}", share, size_in_words(needed[s]), available))
     return f"{table(rows)}\n  {explain_cut(costs, cut, in_flight)}"
-
-
-def default_memory_limit(device: torch.device, ranks_here: int) -> int:
-    """Bytes this rank may plan with: MEMORY_SHARE of what is free now, on its GPU, or on its host (in its control group, where that
-    is tighter) divided by the ``ranks_here`` that share it. Call it on all ranks before any of them takes much."""
-    if device.type == "cuda":
-        return int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
-    room = min([psutil.virtual_memory().available, *_control_group_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-    return int(MEMORY_SHARE * max(0, room)) // ranks_here
 
 
 class _Trial:
@@ -312,22 +296,3 @@ def stage_costs(
             )
         )
     return stages
-
-
-def _control_group_rooms(proc: Path, mount: Path) -> list[int]:
-    """Bytes left under each limit of this process's control groups, version 2 or 1; file caches, which give way, count as left."""
-    rooms = []
-    for line in proc.read_text().splitlines() if proc.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in CONTROL_GROUP_FILES:
-            continue
-        root = mount / controllers
-        limit_name, usage_name, cache_name = CONTROL_GROUP_FILES[controllers]
-        folder = root / path.lstrip("/")
-        for group in (folder, *(parent for parent in folder.parents if parent.is_relative_to(root))):
-            limit = group / limit_name
-            if not limit.exists() or not (text := limit.read_text().strip()).isdigit():
-                continue  # no such controller here, or "max"
-            statistics = dict(entry.split(" ", 1) for entry in (group / "memory.stat").read_text().splitlines())
-            rooms.append(int(text) - int((group / usage_name).read_text()) + int(statistics.get(cache_name, 0)))
-    return rooms

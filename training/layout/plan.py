@@ -18,15 +18,16 @@ import torch
 from comms.probe import ROUND_TRIPS, LinkTimes, time_link
 from comms.transport import make_transport
 from pipeline_parallel.partition import Cut, StageCost, best_cut, layers_that_fit, stage_seconds
-from pipeline_parallel.schedule import PipelineMode, extra_warmup_for, order
-from pipeline_parallel.simulator import peak_in_flight
-from training.assembly import assemble_stage, make_optimizer
-from training.config import Config
-from training.gradient import Schedule, wire_codecs
-from training.held import HeldBytes, held_bytes
-from training.job import Job, all_say
-from training.measure import MeasuredCosts, default_memory_limit, describe_cut, measure_costs, stage_costs
-from training.precision import precision_of
+from pipeline_parallel.schedule import extra_warmup_for
+from training.compute.build import assemble_stage, make_optimizer
+from training.compute.gradient import Schedule, wire_codecs
+from training.compute.in_flight import asked_extra_warmup, in_flight_of, num_micro_batches
+from training.config.precision import precision_of
+from training.config.train import Config
+from training.job.host_limits import default_memory_limit
+from training.job.job import Job, all_say
+from training.layout.measure import MeasuredCosts, describe_cut, measure_costs, stage_costs
+from training.memory.held import HeldBytes, held_bytes
 
 log = logging.getLogger("trainer")
 
@@ -125,7 +126,7 @@ def settle(job: Job, config: Config, measurements: Sequence[Measurement]) -> Pip
         compute_s = max(stage_seconds(costs, cut))
         links = [_slowest([m.link for m in replicas if m.link is not None]) for replicas in by_stage[:-1]]
         extra_warmup = tuple(
-            min(_num_micro_batches(config), extra_warmup_for(latency_s=link.latency_s, transfer_s=link.transfer_s, compute_s=compute_s))
+            min(num_micro_batches(config), extra_warmup_for(latency_s=link.latency_s, transfer_s=link.transfer_s, compute_s=compute_s))
             for link in links
         )
         reasons = [_reason(s, link, compute_s, extra_warmup[s]) for s, link in enumerate(links)]
@@ -150,11 +151,6 @@ def _fits(costs: Sequence[StageCost], num_layers: int, in_flight: Sequence[int])
     return min(room) >= 1 and sum(room) >= num_layers
 
 
-def asked_extra_warmup(config: Config) -> tuple[int, ...]:
-    """By link; what the flag says, 0 for auto."""
-    return (min(config.extra_warmup or 0, _num_micro_batches(config)),) * (config.num_stages - 1)
-
-
 def _wants_cut(config: Config) -> bool:
     return config.partition == "measured" and config.num_stages > 1
 
@@ -169,28 +165,6 @@ def _plan(config: Config, cut: Cut, extra_warmup: tuple[int, ...], reasons: Sequ
         mode=config.pp_mode, extra_warmup=extra_warmup, wire_dtype=config.wire_dtype, wire_dtype_grad=config.wire_dtype_grad
     )
     return PipelinePlan(cut=cut, schedule=schedule, in_flight=in_flight_of(config, extra_warmup), reasons=tuple(reasons))
-
-
-def _num_micro_batches(config: Config) -> int:
-    """Of an optimizer step: nobody can run more of them ahead."""
-    return config.gradient_accumulate_step * config.batch_size // config.micro_batch_size
-
-
-def in_flight_of(config: Config, extra_warmup: tuple[int, ...]) -> tuple[int, ...]:
-    """By stage, the most micro-batches whose activations it holds; extra_warmup: by link."""
-
-    def of_stage(stage: int, mode: PipelineMode) -> int:
-        actions = order(
-            mode,
-            stage=stage,
-            num_stages=config.num_stages,
-            num_micro_batches=config.batch_size // config.micro_batch_size,
-            num_accumulation_steps=config.gradient_accumulate_step,
-            extra_warmup=extra_warmup,
-        )
-        return peak_in_flight(actions)
-
-    return tuple(of_stage(stage, config.pp_mode) for stage in range(config.num_stages))
 
 
 def _time_links(job: Job, config: Config, progress: Callable[[int], object]) -> LinkTimes | None:

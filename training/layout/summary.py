@@ -5,15 +5,15 @@ import dataclasses
 import torch
 
 from modules.stage import meta_stage
-from training.assembly import assemble_stage
-from training.config import Config
-from training.flags import flag_name
-from training.job import Job
-from training.job_config import JobConfig
-from training.plan import PipelinePlan
-from training.precision import SHORT, precision_of
-from training.report import table
-from training.threads import threads_here
+from training.compute.build import assemble_stage
+from training.config.flags import flag_name
+from training.config.precision import SHORT, precision_of
+from training.config.shared import JobConfig
+from training.config.train import Config
+from training.job.job import Job
+from training.job.report import table
+from training.job.threads import threads_here
+from training.layout.plan import PipelinePlan
 
 DROPOUT_KEYS = ("_pdrop", "hidden_dropout", "attention_dropout")  # of GPT-J, of GPT-NeoX
 

@@ -19,10 +19,10 @@ from comms.lifeline import Lifeline
 from comms.rendezvous import Door, agent_store, listen
 from comms.roster import Hello
 from comms.secret import Secret, find_secret
-from training.code_version import code_version
-from training.config import Config, shared_flags
-from training.local_facts import LocalFacts
-from training.precision import SHORT, precision_of
+from training.config.precision import SHORT, precision_of
+from training.config.train import Config, shared_flags
+from training.job.code_version import code_version
+from training.job.local_facts import LocalFacts
 from user_error import UserError
 
 log = logging.getLogger("trainer")

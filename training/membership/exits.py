@@ -9,8 +9,8 @@ import time
 from comms.lifeline import Trouble
 from comms.spans import Spans
 from comms.transport import break_off_waits
-from training.exit_status import EXIT_FAILED, EXIT_PEER_LOST
-from training.local_facts import LocalFacts
+from training.job.exit_status import EXIT_FAILED, EXIT_PEER_LOST
+from training.job.local_facts import LocalFacts
 
 log = logging.getLogger("trainer")
 

@@ -34,15 +34,15 @@ from comms.secret import Secret
 from comms.spans import COMING, Spans
 from comms.store_tunnel import StoreTunnel, join_store, serve_store
 from comms.transport import break_off_waits
-from training.allocator import keep_freed_memory
-from training.config import Config
-from training.ending import end_process, see_it_leave
-from training.job import COLLECTIVE_TIMEOUT, Job, MeetAgain, exchange
-from training.limits import explain_out_of_memory
-from training.local_facts import LocalFacts, look_around
-from training.progress_display import say_who_is_missing, show_progress
-from training.telling import TELL_OTHERS_S, find_door, linger, make_hello, secret_of, tell_others
-from training.threads import set_threads
+from training.config.train import Config
+from training.job.host_limits import explain_out_of_memory
+from training.job.job import COLLECTIVE_TIMEOUT, Job, MeetAgain, exchange
+from training.job.local_facts import LocalFacts, look_around
+from training.job.threads import set_threads
+from training.membership.announce import TELL_OTHERS_S, find_door, linger, make_hello, secret_of, tell_others
+from training.membership.exits import end_process, see_it_leave
+from training.membership.progress_display import say_who_is_missing, show_progress
+from training.memory.allocator import keep_freed_memory
 from user_error import UserError
 
 log = logging.getLogger("trainer")

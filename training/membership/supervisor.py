@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:  # the supervisor itself cannot import it
-    from training.config import Config
+    from training.config.train import Config
 
 log = logging.getLogger("trainer")
 

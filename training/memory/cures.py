@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline_parallel.partition import size_in_words
-from training.config import Config
-from training.flags import flag_name
-from training.room import Needs, Shortage
+from training.config.flags import flag_name
+from training.config.train import Config
+from training.memory.room import Needs, Shortage
 from user_error import UserError
 
 MOST_SAID = 4  # cures in one message
@@ -77,9 +77,7 @@ def more_stages(config: Config, num_layers: int) -> Iterator[dict[str, Any]]:
         stages *= 2
 
 
-def cures(
-    config: Config, changes: Iterator[dict[str, Any]], predict: Predict, shortage: Shortage
-) -> list[Cure]:
+def cures(config: Config, changes: Iterator[dict[str, Any]], predict: Predict, shortage: Shortage) -> list[Cure]:
     """The changes that can be run, in their order, with what the ranks of ``shortage`` would need.
 
     Ends behind MOST_SAID that fit, and tries no larger number of stages than the first that does:

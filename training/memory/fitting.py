@@ -23,20 +23,20 @@ from checkpoint.tensor_file import TensorSource, explained_disk_errors
 from modules.model_config import ModelConfig
 from modules.stage import meta_stage
 from pipeline_parallel.partition import size_in_words
-from training.assembly import assemble_stage, make_optimizer, step_weights
-from training.config import Config
-from training.cures import Predict, advice, cures, evaluation_changes, training_changes
-from training.held import count_parameters
-from training.job import Job, all_say
-from training.local_facts import cut_of
-from training.plan import asked_extra_warmup, in_flight_of
-from training.precision import precision_of
-from training.room import Needs, Room, at_most, look_at_room, shortages
-from training.snapshot import layers_of
+from training.checkpoints.host_copy import layers_of
+from training.compute.build import assemble_stage, make_optimizer, step_weights
+from training.compute.in_flight import asked_extra_warmup, in_flight_of
+from training.config.precision import precision_of
+from training.config.train import Config
+from training.job.job import Job, all_say
+from training.job.local_facts import cut_of
+from training.memory.cures import Predict, advice, cures, evaluation_changes, training_changes
+from training.memory.held import count_parameters
+from training.memory.room import Needs, Room, at_most, look_at_room, shortages
 from user_error import UserError
 
 if TYPE_CHECKING:
-    from training.memory import StageMemory
+    from training.memory.prediction import StageMemory
 
 log = logging.getLogger("trainer")
 
@@ -129,15 +129,11 @@ def _check_memory(job: Job, config: Config, say: Say, subject: _Subject) -> None
 
 
 def _rooms(job: Job, say: Say, number: int) -> list[Room]:
-    own = look_at_room(
-        job.place.rank, job.place.pp, job.roster[job.place.rank]["host_id"], job.device
-    )
+    own = look_at_room(job.place.rank, job.place.pp, job.roster[job.place.rank]["host_id"], job.device)
     return [Room(**room) for room in say(f"room/{number}", asdict(own))]
 
 
-def _bound(
-    config: Config, model_config: ModelConfig, layers: tuple[int, int], in_flight: int
-) -> int:
+def _bound(config: Config, model_config: ModelConfig, layers: tuple[int, int], in_flight: int) -> int:
     first, last = layers
     counts = count_parameters(model_config)
     return at_most(
@@ -154,17 +150,13 @@ def _bound(
 
 
 def _predict_own(job: Job, config: Config, in_flight: int) -> Needs:
-    from training.memory import predict_stage  # what it needs of torch takes a second to import
+    from training.memory.prediction import predict_stage  # what it needs of torch takes a second to import
 
-    return _needs_of(
-        predict_stage(config, job.model_config, job.cut, job.place.pp, in_flight, job.device)
-    )
+    return _needs_of(predict_stage(config, job.model_config, job.cut, job.place.pp, in_flight, job.device))
 
 
-def _predict_training(
-    config: Config, *, model_config: ModelConfig, device: torch.device
-) -> list[Needs]:
-    from training.memory import predict_stages
+def _predict_training(config: Config, *, model_config: ModelConfig, device: torch.device) -> list[Needs]:
+    from training.memory.prediction import predict_stages
 
     in_flight = in_flight_of(config, asked_extra_warmup(config))
     cut = cut_of(config, model_config.num_layers)
@@ -177,9 +169,7 @@ def _needs_of(stage: "StageMemory") -> Needs:
     return Needs(host=stage.host - stage.host_copy, gpu=stage.total)
 
 
-def _predict_weights(
-    config: Config, *, model_config: ModelConfig, device: torch.device
-) -> list[Needs]:
+def _predict_weights(config: Config, *, model_config: ModelConfig, device: torch.device) -> list[Needs]:
     found = []
     for layers in cut_of(config, model_config.num_layers):
         stage = assemble_stage(config, model_config, layers, META, precision_of(config, device))
@@ -206,9 +196,7 @@ def _check_disks(job: Job, config: Config, say: Say) -> None:
     refusal = None
     for name in dict.fromkeys(one["disk"] for one in said):
         here = [one for one in said if one["disk"] == name]
-        needed = sum(
-            {one["stage"]: one["bytes"] for one in here}.values()
-        )  # one replica of a stage writes
+        needed = sum({one["stage"]: one["bytes"] for one in here}.values())  # one replica of a stage writes
         total, free = max(one["total"] for one in here), max(one["free"] for one in here)
         where = f"the disk of {config.checkpoint_path} on host {name.partition('/')[0]}"
         there = f"{where} has {size_in_words(free)} free"
@@ -228,11 +216,7 @@ def _too_many(config: Config, sizes: str, needed: int, free: int) -> str:
         return f"{sizes}: unless room is made before the first save, it will fail"
     count = _kept_at_once(config)
     keep = free // needed - 1
-    cure = (
-        f"--keep-checkpoints {keep} would fit"
-        if keep >= 1
-        else "--checkpoint-steps 0 saves the last step alone"
-    )
+    cure = f"--keep-checkpoints {keep} would fit" if keep >= 1 else "--checkpoint-steps 0 saves the last step alone"
     return f"{sizes}; there will be {count} of them at once. {cure}"
 
 
@@ -247,23 +231,13 @@ def _bytes_of_part(job: Job, config: Config) -> int:
     """What this rank's stage writes of a checkpoint; of adapters, which are small, 0."""
     if config.train != "all":
         return 0
-    stage = assemble_stage(
-        config, job.model_config, job.cut[job.place.pp], META, precision_of(config, job.device)
-    )
+    stage = assemble_stage(config, job.model_config, job.cut[job.place.pp], META, precision_of(config, job.device))
     optimizer = make_optimizer(config, stage, precision_of(config, job.device))
     specs = step_weights(config, job.model, job.model_config).specs
     dtypes = {name: spec.dtype for name, spec in specs.items()}
     layers = layers_of(stage, optimizer, dtypes, with_optimizer=config.checkpoint_optimizer)
-    sources = [
-        TensorSource.of(name, t, dtypes[name])
-        for layer in layers.values()
-        for name, t in layer.weights.items()
-    ]
-    sources += [
-        TensorSource.of(name, t)
-        for layer in layers.values()
-        for name, t in layer.train_state.items()
-    ]
+    sources = [TensorSource.of(name, t, dtypes[name]) for layer in layers.values() for name, t in layer.weights.items()]
+    sources += [TensorSource.of(name, t) for layer in layers.values() for name, t in layer.train_state.items()]
     return sum(source.num_bytes for source in sources)
 
 

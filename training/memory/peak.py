@@ -1,4 +1,4 @@
-"""What a stage took of memory at most, to be held against what training/memory.py said it would."""
+"""What a stage took of memory at most, to be held against what training/memory/prediction.py said it would."""
 
 import resource
 import sys

@@ -23,7 +23,6 @@ inside single operations, what allocators round up and cannot use, the process i
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,17 +40,17 @@ from optim.build import AdamW
 from optim.masters import Master
 from pipeline_parallel.partition import Cut, size_in_words
 from pipeline_parallel.schedule import warmup_forwards
-from training.assembly import assemble_stage, make_optimizer
-from training.config import Config
-from training.flags import parse_known_flags
-from training.gradient import LEAST_DEPTH, wire_codecs
-from training.local_facts import check_fit, cut_of
-from training.parsing import parse_config
-from training.plan import asked_extra_warmup, in_flight_of
-from training.precision import GRADIENT_BYTES, Precision, precision_of
-from training.rehearsal import META, AliveBytes, Rehearsal, bytes_of, rehearse
-from training.report import table
-from training.snapshot import layers_of
+from training.checkpoints.host_copy import layers_of
+from training.compute.build import assemble_stage, make_optimizer
+from training.compute.gradient import LEAST_DEPTH, wire_codecs
+from training.compute.in_flight import asked_extra_warmup, in_flight_of
+from training.config.cli import parse_config
+from training.config.flags import parse_known_flags
+from training.config.precision import GRADIENT_BYTES, Precision, precision_of
+from training.config.train import Config
+from training.job.local_facts import check_fit, cut_of
+from training.job.report import table
+from training.memory.rehearsal import META, AliveBytes, Rehearsal, bytes_of, rehearse
 
 _FP32 = torch.float32.itemsize
 _DEVICE_PARTS = {
@@ -368,7 +367,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return exit_status(work, before_error="error: ")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -35,9 +35,9 @@ from modules.linear import WeightGradients, linears
 from modules.lm_ops import Segments, next_token_targets
 from modules.model_config import ModelConfig
 from modules.stage import Stage
-from training.assembly import assemble_stage
-from training.config import Config
-from training.precision import precision_of
+from training.compute.build import assemble_stage
+from training.config.precision import precision_of
+from training.config.train import Config
 
 META = torch.device("meta")
 FEWEST_LAYERS, MORE_LAYERS = 2, 3  # rehearsed with; what more of them take goes on in a straight line

@@ -18,12 +18,10 @@ import psutil
 import torch
 
 from pipeline_parallel.partition import size_in_words
-from training.limits import free_memory
+from training.job.host_limits import free_memory
 
 PREDICTION_HOLDS_TO = 0.15
-ARC_SIZE = Path(
-    "/proc/spl/kstat/zfs/arcstats"
-)  # ZFS's cache, which Linux does not count as available
+ARC_SIZE = Path("/proc/spl/kstat/zfs/arcstats")  # ZFS's cache, which Linux does not count as available
 GROUP_FILES = (Path("/proc/self/cgroup"), Path("/proc/self/ns/cgroup"))
 
 
@@ -75,16 +73,9 @@ class Shortage:
     def in_words(self) -> str:
         """Who needs how much, and what is there."""
         ranks = ", ".join(map(str, self.ranks))
-        who = (
-            f"rank {ranks} is"
-            if len(self.ranks) == 1
-            else f"its {len(self.ranks)} ranks ({ranks}) are"
-        )
+        who = f"rank {ranks} is" if len(self.ranks) == 1 else f"its {len(self.ranks)} ranks ({ranks}) are"
         swap = ", swap included" if self.kind == "host" else ""
-        return (
-            f"{who} predicted to take {size_in_words(self.needed)} of {self.where}, "
-            f"of which {size_in_words(self.free)} are free{swap}"
-        )
+        return f"{who} predicted to take {size_in_words(self.needed)} of {self.where}, of which {size_in_words(self.free)} are free{swap}"
 
 
 class _Memory(NamedTuple):

@@ -27,16 +27,16 @@ from checkpoint.manifest import MANIFEST, step_positions
 from checkpoint.model_folder import read_json_object
 from checkpoint.tensor_file import explained_disk_errors
 from tasks.mixture import Mixture
-from training.assembly import base_fingerprint, check_same_training
-from training.config import Config
-from training.data import OLDER_IDENTITY, TextEncoder, data_identity, load_text_encoder, open_mixture, sequences_per_step
-from training.flags import flag_name
-from training.folders import Folders, find_folders, remove_tokens
-from training.job import Job, all_say
-from training.rescue import find_rescue, find_rescue_folders, forget_snapshots
-from training.resuming import ResumePoint, check_same_model, find_resume_point, newest_in_sight
-from training.supervise import Supervised
-from training.validation import ValidationData, open_validation
+from training.checkpoints.discovery import ResumePoint, check_same_model, find_resume_point, newest_in_sight
+from training.checkpoints.ram_snapshots import find_rescue, find_rescue_folders, forget_snapshots
+from training.checkpoints.shared_folders import Folders, find_folders, remove_tokens
+from training.compute.build import base_fingerprint, check_same_training
+from training.config.flags import flag_name
+from training.config.train import Config
+from training.data.sources import OLDER_IDENTITY, TextEncoder, data_identity, load_text_encoder, open_mixture, sequences_per_step
+from training.evaluation.during_training import ValidationData, open_validation
+from training.job.job import Job, all_say
+from training.membership.supervisor import Supervised
 from user_error import UserError
 
 log = logging.getLogger("trainer")

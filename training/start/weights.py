@@ -13,11 +13,11 @@ from modules.stage import Stage, draw_parameter
 from optim.build import AdamW
 from optim.loss_scale import LossScale
 from optim.schedule import LearningRate
-from training.assembly import WeightTaker
-from training.collecting import load_stage_state
-from training.config import Config
-from training.job import Job
-from training.start import Start
+from training.checkpoints.loading import load_stage_state
+from training.compute.build import WeightTaker
+from training.config.train import Config
+from training.job.job import Job
+from training.start.agreement import Start
 
 log = logging.getLogger("trainer")
 

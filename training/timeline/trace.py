@@ -2,7 +2,7 @@
 
     python -m training.timeline TRACE [--png timeline.png] [--step N]
 
-What the kinds of time mean, bubble and exposed communication above all, is said in training/step_shares.py. Needs no torch."""
+What the kinds of time mean, bubble and exposed communication above all, is said in training/timeline/step_shares.py. Needs no torch."""
 
 import json
 import statistics
@@ -13,14 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comms.spans import OTHER
-from training.flags import flag, parse_flags
-from training.step_shares import BUBBLE, COMMUNICATION, COMPUTE, KINDS, Piece, Shares, StepSpans, TraceSpan, Where, shares_of, step_pieces
+from training.config.flags import flag, parse_flags
+from training.timeline.step_shares import (
+    BUBBLE,
+    COMMUNICATION,
+    COMPUTE,
+    KINDS,
+    Piece,
+    Shares,
+    StepSpans,
+    TraceSpan,
+    Where,
+    shares_of,
+    step_pieces,
+)
 from user_error import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TRACE_FORMAT = "tidy_profiling 1"  # what training/tracing.py writes
+TRACE_FORMAT = "tidy_profiling 1"  # what training/timeline/tracing.py writes
 COLOURS = {  # told apart by most eyes (Okabe and Ito)
     "forward": "#56B4E9",
     "backward": "#009E73",
@@ -57,7 +69,7 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read what training/tracing.py wrote. Raises UserError if it is anything else."""
+    """Read what training/timeline/tracing.py wrote. Raises UserError if it is anything else."""
     rule = "the trace must be a file that --profiling tidy_profiling wrote"
     try:
         content = json.loads(path.read_text())
@@ -86,7 +98,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def is_trace(path: Path) -> bool:
-    """Whether the file is one that training/tracing.py wrote, whole or not; any other is not to be replaced."""
+    """Whether the file is one that training/timeline/tracing.py wrote, whole or not; any other is not to be replaced."""
     try:
         read_trace(path)
     except UserError:
@@ -241,7 +253,3 @@ def _name_the_trace(argv: Sequence[str]) -> list[str]:
         is_value = before.startswith("--") and "=" not in before and before != "--help"
         named += [word] if word.startswith("-") or is_value else [f"--trace={word}"]
     return named
-
-
-if __name__ == "__main__":
-    sys.exit(main())

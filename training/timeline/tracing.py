@@ -27,9 +27,9 @@ from checkpoint.tensor_file import explained_disk_errors
 from comms.clocks import NS, ClockOffset, offset_to_rank_0, on_rank_0
 from comms.place import Place
 from comms.spans import CATEGORIES, OTHER, Span, Spans
-from training.config import Config
-from training.job import COLLECTIVE_TIMEOUT, Job
-from training.timeline import TRACE_FORMAT, is_trace
+from training.config.train import Config
+from training.job.job import COLLECTIVE_TIMEOUT, Job
+from training.timeline.trace import TRACE_FORMAT, is_trace
 from user_error import UserError
 
 log = logging.getLogger("trainer")

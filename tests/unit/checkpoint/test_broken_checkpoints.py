@@ -13,7 +13,7 @@ import pytest
 from support.ranks import eight_sequences, free_port, launch, log_rows, losses, steps_in, train, train_argv, train_on_hosts
 
 from checkpoint.layer_store import StepWriter
-from training import saving
+from training.checkpoints import saver
 
 QUARTERS = {"batch_size": 2, "gradient_accumulate_step": 4, "checkpoint_steps": 4}
 
@@ -54,7 +54,7 @@ def test_2_a_full_disk_does_not_end_the_training_through_its_log(flags: dict[str
     try:
 
         def before(rank: int) -> None:
-            real = saving._StepSave.run
+            real = saver._StepSave.run
 
             def run(work: Any) -> None:
                 if work.writer.step == 2:
@@ -70,7 +70,7 @@ def test_2_a_full_disk_does_not_end_the_training_through_its_log(flags: dict[str
                     (disk / "others").unlink()
                 real(work)
 
-            saving._StepSave.run = run  # type: ignore[method-assign]
+            saver._StepSave.run = run  # type: ignore[method-assign]
 
         train(tmp_path, checkpoint_path=disk / "run", before=before, **{**flags, "total_steps": 30, "checkpoint_steps": 2})
     finally:

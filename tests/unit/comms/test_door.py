@@ -167,10 +167,10 @@ def test_who_knows_the_secret_but_does_not_fit_is_named_on_all_ranks(fields: dic
 
 def test_ranks_of_another_code_version_are_refused_on_all_ranks(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     def change_code(rank: int) -> None:
-        import training.telling
+        import training.membership.announce
 
         if rank == 1:
-            training.telling.code_version = lambda root=None: "0000deadbeef"
+            training.membership.announce.code_version = lambda root=None: "0000deadbeef"
 
     flags = {**eight_sequences(model_folder, tasks), "checkpoint_path": tmp_path / "run"}
     for process in train(tmp_path, stages=2, expect=1, before=change_code, **flags):

@@ -26,8 +26,8 @@ from comms.transport import GlooTransport, Pending
 from data_parallel.allreduce import ALIGNMENT_BYTES, GradientBuckets
 from optim.decide import layer_square
 from pipeline_parallel.schedule import PipelineMode
-from training.gradient import GlobalGradient, Schedule
-from training.job import COLLECTIVE_TIMEOUT
+from training.compute.gradient import GlobalGradient, Schedule
+from training.job.job import COLLECTIVE_TIMEOUT
 from user_error import UserError
 
 

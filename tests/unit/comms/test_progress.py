@@ -10,8 +10,8 @@ from comms.heartbeat import Beat
 from comms.place import place_of
 from comms.progress import EVERY_S, FIRST_S, ProgressLine, amount, counted, eta_in_words, eta_s
 from comms.spans import Spans
-from training import progress_display
-from training.progress_display import STEP_S, UNCOUNTED_S, Overview, say_who_is_missing
+from training.membership import progress_display
+from training.membership.progress_display import STEP_S, UNCOUNTED_S, Overview, say_who_is_missing
 
 
 def said_by(spans: Spans) -> tuple[str, int, int, str]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from modules import gemm
 from modules.linear import Linear
 from modules.lm_ops import rotary_table, rotate_interleaved
-from training.allocator import keep_freed_memory
+from training.memory.allocator import keep_freed_memory
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

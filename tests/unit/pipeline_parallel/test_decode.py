@@ -24,8 +24,8 @@ from comms.transport import make_transport
 from modules.lm_ops import Segments
 from pipeline_parallel.decode import Decoder, Generated, groups_of
 from pipeline_parallel.partition import even_cut
-from training.gradient import GlobalGradient, Schedule
-from training.job import COLLECTIVE_TIMEOUT
+from training.compute.gradient import GlobalGradient, Schedule
+from training.job.job import COLLECTIVE_TIMEOUT
 from user_error import UserError
 
 

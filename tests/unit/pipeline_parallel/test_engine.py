@@ -23,8 +23,8 @@ from modules.linear import Linear, WeightGradients
 from pipeline_parallel.partition import Cut, even_cut
 from pipeline_parallel.schedule import PipelineMode, order
 from pipeline_parallel.simulator import peak_in_flight
-from training.gradient import GlobalGradient, Schedule, wire_report
-from training.job import COLLECTIVE_TIMEOUT
+from training.compute.gradient import GlobalGradient, Schedule, wire_report
+from training.job.job import COLLECTIVE_TIMEOUT
 
 SEQ_LENGTH, NUM_SEQUENCES = 24, 8
 MODES: tuple[PipelineMode, ...] = get_args(PipelineMode)

@@ -34,12 +34,14 @@ from pipeline_parallel.partition import (
     stage_bytes,
     stage_seconds,
 )
-from training import measure
-from training.config import Config
-from training.held import count_parameters
-from training.measure import MeasuredCosts, default_memory_limit, describe_cut, measure_costs, stage_costs
-from training.parsing import parse_config
-from training.plan import Measurement, PipelinePlan, agree_on_plan, settle
+from training.config.cli import parse_config
+from training.config.train import Config
+from training.job import host_limits
+from training.job.host_limits import default_memory_limit
+from training.layout import measure
+from training.layout.measure import MeasuredCosts, describe_cut, measure_costs, stage_costs
+from training.layout.plan import Measurement, PipelinePlan, agree_on_plan, settle
+from training.memory.held import count_parameters
 from user_error import UserError
 
 PLENTY = 10**15
@@ -328,7 +330,7 @@ def test_a_rank_that_is_done_keeps_its_host_busy_until_all_are(tmp_path: Path, m
             num_rounds.append(costs.num_rounds)
             return costs
 
-        monkeypatch.setattr("training.plan.measure_costs", measure)
+        monkeypatch.setattr("training.layout.plan.measure_costs", measure)
         agree_on_plan(job_of(rank, store, pp_size=2), config_of(stages=2))
         assert num_rounds[0] > 3 if rank == 0 else num_rounds[0] >= 3, num_rounds
 
@@ -399,28 +401,8 @@ def test_a_rank_without_room_for_one_layer_does_not_try(monkeypatch: pytest.Monk
     assert costs == MeasuredCosts(layer_forward_s=0.0, layer_backward_s=0.0)
 
 
-def test_the_memory_of_a_host_is_shared_and_a_control_group_may_be_tighter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    monkeypatch.setattr(measure, "_control_group_rooms", lambda proc, mount: [])
+def test_the_free_memory_of_a_host_is_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_limits, "free_memory", lambda: 1000)
     assert (default_memory_limit(CPU, 1), default_memory_limit(CPU, 3)) == (900, 300)
-    monkeypatch.setattr(measure, "_control_group_rooms", lambda proc, mount: [5000, 500])
-    assert default_memory_limit(CPU, 1) == 450
     monkeypatch.undo()
-
-    def group(path: str, limit: str, usage: int, cache: str, *, v1: bool = False) -> None:
-        folder = tmp_path / path
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(f"{limit}\n")
-        (folder / ("memory.usage_in_bytes" if v1 else "memory.current")).write_text(f"{usage}\n")
-        (folder / "memory.stat").write_text(f"anon 7\n{cache}\n")
-
-    group("two/a", "1000", 700, "inactive_file 100")
-    group("two/a/b", "max", 600, "inactive_file 50")
-    group("one/memory", "2000", 500, "total_inactive_file 20", v1=True)
-    proc = tmp_path / "cgroup"
-    proc.write_text("0::/a/b\n")
-    assert measure._control_group_rooms(proc, tmp_path / "two") == [400], "a parent's limit counts, its file cache gives way"
-    proc.write_text("9:name=systemd:/\n4:memory:/docker/seen-from-outside\n2:cpu,cpuacct:/\n0::/\n")
-    assert measure._control_group_rooms(proc, tmp_path / "one") == [1520]
-    assert measure._control_group_rooms(tmp_path / "none", tmp_path) == []
     assert 0 < default_memory_limit(CPU, 1) <= psutil.virtual_memory().total

@@ -9,7 +9,7 @@ import pytest
 from tasks.examples import Task
 from tasks.prompts import known_tasks
 from tasks.task_list import TaskSpec, join_items, parse_task_list
-from training.flags import flag, parse_flags
+from training.config.flags import flag, parse_flags
 from user_error import UserError
 
 

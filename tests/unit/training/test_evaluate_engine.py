@@ -26,12 +26,12 @@ from modules.families import read_model_config
 from modules.lm_ops import IGNORED_TARGET, best_of_each_row, losses_of_tokens
 from modules.stage import Stage, draw_parameter
 from pipeline_parallel.partition import even_cut
-from training.assembly import WeightTaker, assemble_stage, make_optimizer
-from training.config import Config
-from training.forward_only import ForwardOnly
-from training.gradient import GlobalGradient, Schedule, wire_report
-from training.job import COLLECTIVE_TIMEOUT, Job
-from training.precision import precision_of
+from training.compute.build import WeightTaker, assemble_stage, make_optimizer
+from training.compute.forward_only import ForwardOnly
+from training.compute.gradient import GlobalGradient, Schedule, wire_report
+from training.config.precision import precision_of
+from training.config.train import Config
+from training.job.job import COLLECTIVE_TIMEOUT, Job
 
 SEQ_LENGTH, NUM_SEQUENCES = 24, 8
 

@@ -10,13 +10,13 @@ import pytest
 from support.ranks import evaluate, train
 
 from modules.families import read_model_config
-from training import fitting, room
-from training.config import Config
-from training.cures import Cure, advice, cures, evaluation_changes, training_changes
-from training.fitting import _bound, _predict_training
-from training.memory import predict_stages
-from training.parsing import complete
-from training.room import Needs, Room, Shortage, shortages
+from training.config.cli import complete
+from training.config.train import Config
+from training.memory import fitting, room
+from training.memory.cures import Cure, advice, cures, evaluation_changes, training_changes
+from training.memory.fitting import _bound, _predict_training
+from training.memory.prediction import predict_stages
+from training.memory.room import Needs, Room, Shortage, shortages
 from user_error import UserError
 
 GIB = 2**30
@@ -174,8 +174,8 @@ def with_room(num_bytes: int) -> Callable[[int], None]:
     """As if every host had so much free; and nothing may be read."""
 
     def before(_: int) -> None:
-        import training.rounds
-        import training.trained
+        import training.runner
+        import training.start.weights
 
         def read(*_: Any, **__: Any) -> Any:
             raise AssertionError("something was read")
@@ -185,8 +185,8 @@ def with_room(num_bytes: int) -> Callable[[int], None]:
         fitting.training_changes = lambda *a, **k: iter(few)
         look = fitting.look_at_room
         fitting.look_at_room = lambda *a: dataclasses.replace(look(*a), host_free=num_bytes, group_free=num_bytes)
-        training.trained.load_weights = read
-        training.rounds.agree = read
+        training.start.weights.load_weights = read
+        training.runner.agree = read
 
     return before
 

@@ -14,13 +14,13 @@ from support.ranks import REPOSITORY
 from modules.families import read_model_config
 from modules.model_config import ModelConfig
 from modules.stage import Stage, empty_stage
-from training.assembly import assemble_stage
-from training.config import Config
-from training.measure import _Trial
-from training.memory import StageMemory, describe, main, predict_stages
-from training.plan import asked_extra_warmup, in_flight_of
-from training.precision import precision_of
-from training.rehearsal import rehearse
+from training.compute.build import assemble_stage
+from training.compute.in_flight import asked_extra_warmup, in_flight_of
+from training.config.precision import precision_of
+from training.config.train import Config
+from training.layout.measure import _Trial
+from training.memory.prediction import StageMemory, describe, main, predict_stages
+from training.memory.rehearsal import rehearse
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB, MIB = 2**30, 2**20
@@ -32,7 +32,7 @@ NEOX_20B |= {"intermediate_size": 24576, "max_position_embeddings": 2048, "rotar
 NUM_20B = 20_554_567_680  # with the 18.9 M of norms and biases
 
 # One rank that trains two steps with the trainer's own parts; the prediction comes first, as there. malloc keeps to the threshold it
-# begins with, beyond which a block goes back to the system when it is freed: raised, as training/allocator.py does, glibc leaves holes that
+# begins with, beyond which a block goes back to the system when it is freed: raised, as memory/allocator.py does, glibc leaves holes that
 # no later tensor fits (docs/memory.md), and resident memory says more of those than of the stage.
 RUN = """
 import ctypes, json, sys
@@ -43,13 +43,13 @@ from comms.spans import Spans
 from modules.families import read_model_config
 from modules.lm_ops import next_token_targets
 from modules.stage import draw_parameter
-from training.assembly import WeightTaker, assemble_stage, make_optimizer
-from training.config import Config
-from training.gradient import GlobalGradient, Schedule
-from training.memory import predict_stages
-from training.peak_memory import PeakMemory
-from training.plan import in_flight_of
-from training.precision import precision_of
+from training.compute.build import WeightTaker, assemble_stage, make_optimizer
+from training.config.train import Config
+from training.compute.gradient import GlobalGradient, Schedule
+from training.memory.prediction import predict_stages
+from training.memory.peak import PeakMemory
+from training.compute.in_flight import in_flight_of
+from training.config.precision import precision_of
 
 ctypes.CDLL(None).mallopt(-3, 128 * 1024)  # M_MMAP_THRESHOLD
 torch.set_num_threads(1)

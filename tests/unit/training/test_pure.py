@@ -11,9 +11,9 @@ from comms.place import place_of
 from comms.rendezvous import door_of_torchrun, parse_dist_url
 from optim.schedule import LearningRate
 from pipeline_parallel.partition import cut_by_num_layers, even_cut
-from training.config import Config, shared_flags
-from training.flags import describe_flags
-from training.parsing import parse_config
+from training.config.cli import parse_config
+from training.config.flags import describe_flags
+from training.config.train import Config, shared_flags
 from user_error import UserError
 
 NEEDED = ["--model-name", "m", "--task-name", "t.jsonl", "--checkpoint-path", "c", "--total-steps", "12"]
@@ -81,7 +81,7 @@ def test_linear_and_cosine_are_the_textbook_curves() -> None:
 
 
 def test_warmup_counts_accumulation_steps_and_rounds_up_to_optimizer_steps() -> None:
-    from training.trained import learning_rate_of
+    from training.start.weights import learning_rate_of
 
     config = parse_config([*NEEDED, "--gradient-accumulate-step", "4", "--warmup-steps", "5"], {})
     assert learning_rate_of(config, 3).num_warmup_steps == math.ceil(5 / 4) == 2

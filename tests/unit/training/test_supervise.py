@@ -16,10 +16,11 @@ import psutil
 import pytest
 from support.ranks import REPOSITORY, log_rows, losses, train, train_argv
 
-from training import exit_status, supervise
-from training.config import Config
+from training.config.train import Config
+from training.job import exit_status
+from training.membership import supervisor
 
-SUPERVISOR = REPOSITORY / "training" / "supervise.py"
+SUPERVISOR = REPOSITORY / "training" / "membership" / "supervisor.py"
 FAST = {"short_pause_s": 0.01, "first_pause_s": 0.02, "longest_pause_s": 0.1}
 
 # What a worker of these tests has at hand: `attempt`, `pipe`, `folder`; it notes its process id and what it was told.
@@ -27,9 +28,9 @@ PREAMBLE = f"""
 import json, os, signal, sys, time
 sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
-from training import supervise
-supervise.BEAT_S = 0.1  # far below the limits of these tests, which a busy machine must not reach
-worker = supervise.Supervised.from_environment()
+from training.membership import supervisor
+supervisor.BEAT_S = 0.1  # far below the limits of these tests, which a busy machine must not reach
+worker = supervisor.Supervised.from_environment()
 attempt, pipe = worker.attempt, worker.pipe
 folder = Path(sys.argv[1])
 (folder / f"pid{{attempt}}").write_text(str(os.getpid()))
@@ -136,8 +137,8 @@ def test_a_peer_may_stay_away_longer_than_a_crash_loop_lasts(start: Callable[...
 
 
 def test_pauses_double_up_to_the_longest_where_nothing_is_gained() -> None:
-    policy = supervise.Policy()
-    assert [supervise._pause_s(policy, n) for n in (1, 2, 3, 4, 5, 6, 1000)] == [1, 2, 4, 8, 16, 30, 30]
+    policy = supervisor.Policy()
+    assert [supervisor._pause_s(policy, n) for n in (1, 2, 3, 4, 5, 6, 1000)] == [1, 2, 4, 8, 16, 30, 30]
 
 
 def test_a_frozen_worker_is_replaced(start: Callable[..., Supervision]) -> None:
@@ -238,7 +239,7 @@ def test_a_worker_that_hears_no_request_is_killed_at_the_third(start: Callable[.
     supervision.wait_for("ready")
     for _ in range(3):
         supervision.process.terminate()
-        time.sleep(supervise.ONE_REQUEST_S + 0.1)
+        time.sleep(supervisor.ONE_REQUEST_S + 0.1)
     assert supervision.wait() == 128 + signal.SIGKILL
 
 
@@ -278,7 +279,7 @@ def test_what_a_dead_worker_has_started_is_gone_before_the_next_begins(start: Ca
 
 
 def test_a_worker_s_own_helpers_are_not_supervised(start: Callable[..., Supervision]) -> None:
-    code = "from training.supervise import Supervised; raise SystemExit(3 if Supervised.from_environment() else 4)"
+    code = "from training.membership.supervisor import Supervised; raise SystemExit(3 if Supervised.from_environment() else 4)"
     environment = f"dict(os.environ, PYTHONPATH={str(REPOSITORY)!r})"
     script = f"import subprocess\nos._exit(subprocess.run([sys.executable, '-c', {code!r}], env={environment}).returncode - 4)"
     supervision = start(script)
@@ -287,27 +288,27 @@ def test_a_worker_s_own_helpers_are_not_supervised(start: Callable[..., Supervis
 
 @pytest.mark.parametrize("told", ["", "x", "[]", "1", "{}", '{"supervisor": 1}', '{"supervisor": "x", "pipe": -1}'])
 def test_nonsense_in_the_environment_is_no_supervisor(told: str) -> None:
-    assert supervise.Supervised.from_environment({supervise.VARIABLE: told}) is None
+    assert supervisor.Supervised.from_environment({supervisor.VARIABLE: told}) is None
 
 
 def test_flags_make_a_policy() -> None:
-    policy = supervise.policy_for(Config(rank=2, max_restarts=3, peer_timeout="90"))
+    policy = supervisor.policy_for(Config(rank=2, max_restarts=3, peer_timeout="90"))
     assert (policy.who, policy.max_restarts, policy.silence_s) == ("rank2 supervisor", 3, 90)
-    policy = supervise.policy_for(Config(rank=2, max_restarts=3, supervise=True, peer_timeout="5"))
+    policy = supervisor.policy_for(Config(rank=2, max_restarts=3, supervise=True, peer_timeout="5"))
     assert (policy.max_restarts, policy.silence_s) == (None, 45)
-    assert supervise.policy_for(Config(max_restarts=1)).silence_s == 45
+    assert supervisor.policy_for(Config(max_restarts=1)).silence_s == 45
 
 
 def test_under_torchrun_nobody_else_restarts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setattr(supervise.log, "propagate", True)
-    supervise.arrange_supervision(Config(rank=0, supervise=True), ["false"])
+    monkeypatch.setattr(supervisor.log, "propagate", True)
+    supervisor.arrange_supervision(Config(rank=0, supervise=True), ["false"])
     assert "are ignored: torchrun restarts its workers itself" in caplog.text
 
 
 def test_supervisor_and_worker_mean_the_same_statuses() -> None:
     for name in ("EXIT_DEFECT", "EXIT_PEER_LOST", "EXIT_INTERRUPTED"):
-        assert getattr(exit_status, name) == getattr(supervise, name)
+        assert getattr(exit_status, name) == getattr(supervisor, name)
 
 
 def test_a_supervisor_is_small(start: Callable[..., Supervision]) -> None:

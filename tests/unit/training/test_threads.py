@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.ranks import train
 
-from training.threads import Threads, compute_threads
+from training.job.threads import Threads, compute_threads
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}
 SHARED = Threads(4, "8 cores / 2 ranks here")

@@ -19,11 +19,11 @@ from comms.clocks import ClockOffset, offset_to_rank_0, on_rank_0
 from comms.groups import join_process_group
 from comms.place import place_of
 from comms.spans import Span, Spans
-from training import tracing
-from training.job import COLLECTIVE_TIMEOUT
-from training.step_shares import KINDS, StepSpans, TraceSpan, Where, step_pieces
-from training.timeline import COLOURS, TRACE_FORMAT, draw, main, read_trace, shares
-from training.tracing import (
+from training.job.job import COLLECTIVE_TIMEOUT
+from training.timeline import tracing
+from training.timeline.step_shares import KINDS, StepSpans, TraceSpan, Where, step_pieces
+from training.timeline.trace import COLOURS, TRACE_FORMAT, draw, main, read_trace, shares
+from training.timeline.tracing import (
     RankTrace,
     RecordingCost,
     TidyProfiler,

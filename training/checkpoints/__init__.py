@@ -1,0 +1,1 @@
+"""Steps on disk and snapshots in memory: written, found, loaded."""

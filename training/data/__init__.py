@@ -1,0 +1,1 @@
+"""From --task-name to tokens, and where in the data a run is."""

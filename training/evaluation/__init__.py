@@ -1,0 +1,1 @@
+"""Evaluations while training and by themselves."""

@@ -1,0 +1,1 @@
+"""What one process knows of its job and its host."""

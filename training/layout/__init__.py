@@ -1,0 +1,1 @@
+"""Which rank holds which layers, from flags or from measurements."""

@@ -1,0 +1,1 @@
+"""--profiling: recording where the time of a step goes, and reading that."""
