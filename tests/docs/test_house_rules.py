@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -65,6 +66,11 @@ COMMANDS = [
 
 def sources() -> list[Path]:
     """The project's own Python files, tests excepted."""
+    return list(_sources())
+
+
+@functools.cache
+def _sources() -> tuple[Path, ...]:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
         cwd=REPOSITORY,
@@ -72,7 +78,7 @@ def sources() -> list[Path]:
         text=True,
         check=True,
     )
-    return [REPOSITORY / name for name in listed.stdout.split() if not name.startswith("tests/") and (REPOSITORY / name).exists()]
+    return tuple(REPOSITORY / name for name in listed.stdout.split() if not name.startswith("tests/") and (REPOSITORY / name).exists())
 
 
 def house() -> list[Path]:
@@ -89,7 +95,12 @@ def speaks(path: Path) -> bool:
 
 def trees(paths: list[Path]) -> Iterator[tuple[Path, ast.Module]]:
     for path in paths:
-        yield path, ast.parse(path.read_text(), filename=str(path))
+        yield path, tree_of(path)
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
 
 
 def imported_rooms(tree: ast.Module) -> set[str]:
@@ -227,7 +238,8 @@ def flags_of_both() -> list[tuple[str, "dataclasses.Field[object]"]]:
     return [(page, field) for page, settings in pages.items() for field in dataclasses.fields(settings)]
 
 
-def flags_read(paths: list[Path]) -> set[str]:
+@functools.cache
+def flags_read(paths: tuple[Path, ...]) -> set[str]:
     """Names read as attributes of something called config or of self (inside Config itself)."""
     found = set()
     for _, tree in trees(paths):
@@ -246,7 +258,7 @@ def test_every_flag_is_documented_and_read(page: str, field: "dataclasses.Field[
     documented = (REPOSITORY / "docs" / page).read_text()
     assert re.search(rf"^\| `--{field.name.replace('_', '-')}[ `]", documented, re.MULTILINE)
     assert len(field.metadata["help"]) > 10
-    is_read_in = [path for path in house() if room_of(path) in ("training", "dist_clm_eval")]
+    is_read_in = tuple(path for path in house() if room_of(path) in ("training", "dist_clm_eval"))
     assert field.name in flags_read(is_read_in), "a flag nobody reads is a defect"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.ranks import REPOSITORY, free_port, log_rows
+from support.tiers import full
 
 BLOCK = re.compile(r"<!-- tested: (?P<name>[\w ]+) -->\n```bash\n(?P<code>.*?)```", re.DOTALL)
 SMALL = {
@@ -65,6 +66,7 @@ def run(checkout: Path, name: str) -> str:
     return done.stdout + done.stderr
 
 
+@full
 def test_the_readmes_commands_work_from_the_first_to_the_last(checkout: Path) -> None:
     assert list(blocks()) == ["convert", "script", "by hand", "torchrun", "back", "memory", "lora", "timeline", "evaluate"]
     run(checkout, "convert")

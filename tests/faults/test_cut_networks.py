@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.namespaces import HOSTS, ip, start
 from support.ranks import log_rows, losses, train, train_argv
+from support.tiers import full
 
 NUM_STEPS = 200
 
@@ -84,6 +85,7 @@ def mend() -> None:
     ip("-n", HOSTS[1], "link", "set", "back", "up")
 
 
+@full
 def test_a_cable_that_is_mended_in_time_leaves_every_loss_as_it_was(
     hosts: list[TwoHosts], flags: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +134,7 @@ def test_connections_that_a_router_resets_cost_no_bit(
     assert losses(job.run) == losses(undisturbed)
 
 
+@full
 def test_a_replica_that_is_cut_off_is_gone_without_and_comes_back_in_the_same_process(
     hosts: list[TwoHosts], flags: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from support.faults import PHASES, Fault, all_end, plant, said, wait_until
 from support.ranks import Process, free_port, launch, train, train_argv
+from support.tiers import sampled
 from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 
@@ -57,13 +58,13 @@ def named(victim: int) -> str:
     return f"rank {victim} (stage {victim % 2} of 2, replica {victim // 2} of 2)"
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2, 3])
-@pytest.mark.parametrize("phase", PHASES)
+KILLED = [(phase, victim) for phase in PHASES for victim in range(4) if phase != "saving" or victim < 2]  # replica 0 alone saves
+
+
+@pytest.mark.parametrize(("phase", "victim"), sampled(KILLED, group=lambda case: case[0]))
 def test_a_killed_rank_is_named_by_all_others_with_what_it_was_doing(
     phase: str, victim: int, flags: dict[str, Any], tasks: list[Path], tmp_path: Path
 ) -> None:
-    if phase == "saving" and victim >= 2:
-        pytest.skip("replica 0 alone writes checkpoints")
     if phase == "evaluation":
         flags |= {"evaluation_data": tasks[0], "evaluation_steps": 4, "max_eval_samples": 4}
     processes, stamp, port = start({**flags, "async_checkpoint": phase != "saving"}, tmp_path, Fault.KILL, phase, victim)

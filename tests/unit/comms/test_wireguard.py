@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.namespaces import ESTABLISHED, LISTEN, ip, local_addresses
 from support.ranks import REPOSITORY, log_rows, train_argv
+from support.tiers import full
 
 from comms import tunnel_hosts
 from comms.tunnel_hosts import Tunnel, read_tunnel, with_addresses
@@ -466,6 +467,7 @@ def test_hosts_behind_routers_meet_and_nobody_on_the_cable_can_read_them(net: Ne
     assert not any(marker[:20] in frame for frame in outer)
 
 
+@full
 def test_a_job_over_the_tunnel_is_unreadable_on_the_cable(net: Net, model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     """Two stages on the hosts behind routers: rendezvous, store, activations and gradients all go through the relay, and nothing beside."""
     secret = tmp_path / "secret"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support import recorded_runs
 from support.recorded_runs import RUNS, Step, command_line, differences, fingerprint
+from support.tiers import full
 
 BEFORE: dict[str, Any] = {
     "a run": {
@@ -73,6 +74,7 @@ def test_a_rank_has_the_flags_of_all_and_its_own() -> None:
     assert argv[argv.index("--rank") + 1] == "1" and "tcp://127.0.0.1:5" in argv
 
 
+@full
 def test_one_run_recorded_twice_is_equal(tmp_path: Path) -> None:
     """Through the real trainer, in a process of its own as the script starts it."""
     files = [tmp_path / f"{n}.json" for n in range(2)]
