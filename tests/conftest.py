@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Into the environment, for what is decided while test modules are imported, and for the workers of pytest-xdist."""
     config.addinivalue_line("markers", "full: in make test-all alone")
+    config.addinivalue_line("markers", "partly: make test tries some of what it loops over")
     seed = config.getoption("--sample-seed")
     if seed is not None or tiers.SEED_VARIABLE not in os.environ:
         os.environ[tiers.SEED_VARIABLE] = str(tiers.seed_of_commit() if seed is None else seed)
@@ -53,8 +54,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    tier, fuzz = config.getoption("--tier"), config.rootpath / "tests" / "fuzz"
-    chosen = [tiers.is_in(tier, is_full=item.get_closest_marker("full") is not None, is_fuzz=fuzz in item.path.parents) for item in items]
+    tier = config.getoption("--tier")
+
+    def has(item: pytest.Item, marker: str) -> bool:
+        return item.get_closest_marker(marker) is not None
+
+    chosen = [tiers.is_in(tier, is_full=has(item, "full"), is_partly=has(item, "partly")) for item in items]
     left_out = [item for item, is_chosen in zip(items, chosen, strict=True) if not is_chosen]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -14,6 +14,7 @@ import zstandard
 from hypothesis import strategies as st
 from support.damage import damaged_bytes, damaged_json, damaged_values, fuzz, in_little_room, put, read_or_refuse, text_of
 from support.packing import make_encoder, open_plainly
+from support.tiers import partly
 
 from modules.families import read_model_config
 from tasks.examples import BadRecordError
@@ -29,6 +30,8 @@ from tasks.task_list import TaskSpec, parse_task_list
 from training.config.flags import parse_flags
 from training.config.train import Config
 from user_error import UserError
+
+pytestmark = partly
 
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "records": [{"text": "one two"}, {"text": "three"}, {"text": "é"}],

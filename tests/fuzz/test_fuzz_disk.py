@@ -19,6 +19,7 @@ from support.damage import (
     read_or_refuse,
     read_tensors,
 )
+from support.tiers import partly
 
 from checkpoint.companions import read_companions
 from checkpoint.job_lock import LOCK_NAME, JobLock, lock_holder, read_lock_token
@@ -27,6 +28,8 @@ from checkpoint.model_folder import ModelFolder, read_json_object
 from modules.families import read_model_config
 from training.checkpoints.discovery import check_same_model, find_resume_point
 from user_error import UserError
+
+pytestmark = partly
 
 INDEX = "model.safetensors.index.json"
 FLAGS = {

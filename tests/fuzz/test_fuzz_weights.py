@@ -27,6 +27,7 @@ from support.damage import (
     read_tensors,
     text_of,
 )
+from support.tiers import partly
 
 from checkpoint.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, read_adapter, write_adapter
 from checkpoint.atomic_folder import JOURNAL_NAME, ResumableFolder
@@ -36,6 +37,8 @@ from checkpoint.stage_checkpoints import open_stage_checkpoint
 from checkpoint.weight_file import open_weight_file
 from modules.stage import stored_name
 from user_error import UserError
+
+pytestmark = partly
 
 
 @pytest.fixture(scope="module")

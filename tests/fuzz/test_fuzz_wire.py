@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.hubs import LOOPBACK, SECRET, RawRank, at_once, hello_of, lifeline_to, open_hub
-from support.tiers import num_examples
+from support.tiers import num_examples, partly
 
 from comms.deadlines import DEADLINES
 from comms.handshake import MAX_LINE_BYTES, Challenge, NotSealed, Reply, Session
@@ -23,6 +23,8 @@ from comms.links import PeerLost
 from comms.members import Rules
 from comms.roster import Hello
 from user_error import UserError
+
+pytestmark = partly
 
 fuzzed = settings(max_examples=num_examples(150), deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 live = settings(fuzzed, max_examples=15)

@@ -17,7 +17,8 @@ import pytest
 SEED_VARIABLE, TIER_VARIABLE = "TEST_SAMPLE_SEED", "TEST_TIER"
 QUICK, REST, ALL = TIERS = ("quick", "rest", "all")
 QUICK_EXAMPLES = 30  # of a fuzz test
-full = pytest.mark.full
+full = pytest.mark.full  # in make test-all alone
+partly = pytest.mark.partly  # make test tries some of what it loops over, see drawn() and num_examples()
 
 
 def seed_of_commit() -> int:
@@ -51,13 +52,23 @@ def _marked(case: Any) -> Any:
     return pytest.param(*values, marks=full)
 
 
+def drawn(items: Iterable[Any], keep: int, *, key: str = "") -> list[Any]:
+    """What a test that is marked ``partly`` loops over: all ``items``, or in `make test` ``keep`` of
+    them, in their order. key: for tests that are to draw apart from each other."""
+    items = list(items)
+    if os.environ.get(TIER_VARIABLE) != QUICK or len(items) <= keep:
+        return items
+    draw = random.Random(f"{os.environ.get(SEED_VARIABLE, '0')} {key} {len(items)}")
+    return [items[number] for number in sorted(draw.sample(range(len(items)), keep))]
+
+
 def num_examples(of_all: int) -> int:
-    """Of a fuzz test that tries ``of_all`` in `make test-all`."""
+    """Of a fuzz test, marked ``partly``, that tries ``of_all`` in `make test-all`."""
     return min(of_all, QUICK_EXAMPLES) if os.environ.get(TIER_VARIABLE) == QUICK else of_all
 
 
-def is_in(tier: str, *, is_full: bool, is_fuzz: bool) -> bool:
-    """Whether a test runs. The rest: what `make test` left out, fuzz tests with all their examples."""
+def is_in(tier: str, *, is_full: bool, is_partly: bool) -> bool:
+    """Whether a test runs. The rest: what `make test` left out, wholly or in part."""
     if tier == ALL:
         return True
-    return is_full or is_fuzz if tier == REST else not is_full
+    return is_full or is_partly if tier == REST else not is_full

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from support.tiers import SEED_VARIABLE, TIER_VARIABLE, TIERS, full, is_in, num_examples, sampled
+from support.tiers import SEED_VARIABLE, TIER_VARIABLE, TIERS, drawn, full, is_in, num_examples, sampled
 
 CASES = [(phase, victim) for phase in ("loading", "backward", "saving") for victim in range(4)]
 
@@ -40,12 +40,12 @@ def test_values_that_are_no_tuples_are_cases_too() -> None:
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-@pytest.mark.parametrize("is_fuzz", [False, True])
-def test_the_two_halves_of_the_suite_are_the_whole(is_full: bool, is_fuzz: bool) -> None:
-    runs = {tier: is_in(tier, is_full=is_full, is_fuzz=is_fuzz) for tier in TIERS}
+@pytest.mark.parametrize("is_partly", [False, True])
+def test_the_two_halves_of_the_suite_are_the_whole(is_full: bool, is_partly: bool) -> None:
+    runs = {tier: is_in(tier, is_full=is_full, is_partly=is_partly) for tier in TIERS}
     assert runs["all"] and (runs["quick"] or runs["rest"])
     assert runs["quick"] is not is_full
-    assert runs["rest"] is (is_full or is_fuzz), "what fuzzes runs again, with all its examples"
+    assert runs["rest"] is (is_full or is_partly), "what loops over a part runs again, over all"
 
 
 def test_a_quick_fuzz_test_tries_thirty_examples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +53,14 @@ def test_a_quick_fuzz_test_tries_thirty_examples(monkeypatch: pytest.MonkeyPatch
     assert (num_examples(150), num_examples(8)) == (30, 8)
     monkeypatch.setenv(TIER_VARIABLE, "rest")
     assert num_examples(150) == 150
+
+
+def test_a_quick_loop_goes_over_some_in_their_order_and_another_key_over_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TIER_VARIABLE, "all")
+    assert drawn(range(50), 5) == list(range(50))
+    monkeypatch.setenv(TIER_VARIABLE, "quick")
+    monkeypatch.setenv(SEED_VARIABLE, "3")
+    found = drawn(range(50), 5)
+    assert len(found) == 5 and found == sorted(set(found)) == drawn(range(50), 5)
+    assert found != drawn(range(50), 5, key="another")
+    assert drawn([3, 1], 5) == [3, 1]
