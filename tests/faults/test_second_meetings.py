@@ -1,6 +1,7 @@
 """Faults while the ranks are meeting, meeting again, or have only just met; several at once; and in every mode of training."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ import pytest
 from support.faults import Fault, all_end, both, fire, keep_connections, plant, said, stop, wait_until
 from support.grids import check_bits, num_rows, supervised, undisturbed
 from support.ranks import Process, equal_files, launch, log_rows, losses, train_argv
+from support.tiers import full, sampled
 
 from comms.connections import Connections
 from comms.links import PeerLost
@@ -50,7 +52,7 @@ def in_call(owner: Any, name: str, call: int, victim: int, fault: Fault, stamp: 
     return before
 
 
-@pytest.mark.parametrize("victim", [0, 1, 3])
+@pytest.mark.parametrize("victim", sampled([0, 1, 3]))
 def test_a_rank_that_dies_while_groups_are_made_is_waited_for(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
     """In gloo one rank of a pair waits to be called, and there is no connection yet that could be shut down under it."""
     flags |= {"total_steps": 6, "peer_timeout": 3}
@@ -69,7 +71,7 @@ def test_a_rank_that_dies_while_groups_are_made_is_waited_for(victim: int, flags
     check_bits(flags, tmp_path)
 
 
-@pytest.mark.parametrize("victims", [(1, 2), (0, 3)])
+@pytest.mark.parametrize("victims", [pytest.param((1, 2), marks=full), (0, 3)])
 def test_two_ranks_that_die_at_once_are_waited_for(victims: tuple[int, int], flags: dict[str, Any], tmp_path: Path) -> None:
     flags |= {"total_steps": 8}
     stamps = [tmp_path / f"fired{victim}" for victim in victims]
@@ -307,8 +309,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("phase", ["agreeing", "decided"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "phase"), sampled(itertools.product(MODES, ["agreeing", "decided"]), 2))
 def test_a_link_that_breaks_costs_no_bit_in_any_mode(mode: str, phase: str, flags: dict[str, Any], tmp_path: Path) -> None:
     flags |= {"total_steps": 8, **MODES[mode]}
     stamp = tmp_path / "fired"

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from support.models import make_model, make_tokenizer
 from support.ranks import equal_files, free_port, launch, log_rows, losses, train, train_argv
+from support.tiers import full, sampled
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint.model_folder import ModelFolder, load_stage
@@ -86,7 +87,7 @@ def kill_in_step(step: int, victims: set[int]):  # type: ignore[no-untyped-def]
     return before
 
 
-@pytest.mark.parametrize(("stages", "then_stages"), [(1, 1), (2, 2), (2, 4), (4, 1), (1, 2)])
+@pytest.mark.parametrize(("stages", "then_stages"), sampled([(1, 1), (2, 2), (2, 4), (4, 1), (1, 2)], 2))
 def test_kill_9_in_the_middle_of_a_step_plus_restart_gives_the_undisturbed_run(
     stages: int, then_stages: int, flags: dict[str, Any], reference: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_every_checkpoint_loads_with_from_pretrained_and_equals_the_trainers_own
             assert torch.equal(whole.logits(whole(ids, segments)), live), "what training reads is what is saved, bit for bit"
 
 
+@full
 def test_kill_9_while_a_checkpoint_is_written_never_leaves_one_that_resume_takes(
     flags: dict[str, Any], reference: Path, tmp_path: Path
 ) -> None:

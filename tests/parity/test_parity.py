@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from support.ranks import example_tokens, run_ranks
 from support.stages import load
-from support.tiers import drawn, partly
+from support.tiers import drawn, partly, sampled
 from transformers import GPTJForCausalLM, GPTNeoXForCausalLM, PreTrainedModel
 
 import converters.from_hf
@@ -309,8 +309,10 @@ def micro_batch_gradient(
     return {name: gradient * factor for name, gradient in total.items()}, norm_square**0.5
 
 
-@pytest.mark.parametrize(("dtype", "loss_scale"), [(torch.bfloat16, 1.0), (torch.float16, 4096.0)])
-@pytest.mark.parametrize("family", ["gptj", "gptneox"])
+HALVES = itertools.product(["gptj", "gptneox"], [(torch.bfloat16, 1.0), (torch.float16, 4096.0)])
+
+
+@pytest.mark.parametrize(("family", "dtype", "loss_scale"), sampled((family, *half) for family, half in HALVES))
 def test_a_handful_of_grids_gives_the_single_process_gradient_in_half_precision(
     family: str, dtype: torch.dtype, loss_scale: float, model_folder: Path, neox_folder: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.ranks import REPOSITORY, SHARED
+from support.tiers import full
 
 SMS_SPAM = SHARED / "data" / "classification" / "sms_spam.tsv"
 CHANCE = 50.0
@@ -53,6 +54,7 @@ def test_a_line_with_another_label_is_named(benchmark: Any, tmp_path: Path) -> N
         benchmark.read_rows(tmp_path / "rows.tsv")
 
 
+@full
 def test_lora_over_int8_beats_the_frozen_model_by_20_points_on_rows_it_has_not_seen() -> None:
     pytest.importorskip("peft")
     if not SMS_SPAM.exists():
