@@ -71,7 +71,7 @@ class Job:
             for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
                     command = one.cmdline()
-                    if any(part.endswith("dist_clm_train.py") for part in command[1:3]) and "supervise.py" not in " ".join(command):
+                    if any(part.endswith("dist_clm_train.py") for part in command[1:3]) and "supervisor.py" not in " ".join(command):
                         found.append(one)
         return found
 

@@ -8,7 +8,7 @@ A and B are random, so no old answer fits. From then on, for the purpose "rank",
 with a counter: nobody can put a line in, repeat, leave out or change one. Nothing is encrypted (docs/security.md).
 
 Promises: a line that was not sealed by the other end raises NotSealed. Left to others: reading and writing (hub.py, lifeline.py,
-store_gate.py)."""
+store_tunnel.py)."""
 
 import hmac
 import json

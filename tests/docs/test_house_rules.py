@@ -180,6 +180,21 @@ def test_no_test_module_imports_another() -> None:
         assert not imported, f"{path} imports {imported}"
 
 
+def stale_pointers(text: str, files: set[str]) -> list[str]:
+    """Names of Python files in ``text`` that nobody has. files: by path inside the project."""
+    named = re.findall(r"(?<![\w./*}])([a-z_][\w/]*\.py)\b", text)
+    return [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)]
+
+
+def test_files_that_are_pointed_to_exist() -> None:
+    files = {path.relative_to(REPOSITORY).as_posix() for path in (*sources(), *(REPOSITORY / "tests").rglob("*.py"))}
+    pages = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md")]
+    for path in (*house(), *(page for page in pages if page.name != "LOG.md")):
+        allowed = ["my_tasks.py"] if path.name in ("README.md", "tasks.md") else []
+        assert [name for name in stale_pointers(path.read_text(), files) if name not in allowed] == [], path
+    assert stale_pointers("left to others (nowhere.py, training/loop.py, compute/loop.py)", files) == ["nowhere.py", "compute/loop.py"]
+
+
 def test_models_know_no_ranks_and_only_config_has_seen_argparse() -> None:
     for path, tree in trees(house()):
         rooms = imported_rooms(tree)

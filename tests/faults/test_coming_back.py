@@ -1,7 +1,7 @@
 """What comes back by itself: a rank that its supervisor starts again, a replica that was lost and returns, and a run with ten faults in it.
 
 The supervisors of most tests are the test: it starts the lost rank again as a supervisor does, from a process that has imported torch,
-which takes a fifth of a second instead of ten (supervise.py itself: test_supervise.py)."""
+which takes a fifth of a second instead of ten (supervisor.py itself: test_supervise.py)."""
 
 import contextlib
 import os

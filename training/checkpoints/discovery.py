@@ -3,7 +3,7 @@
 Each rank says which files of a step it sees, and all put that together in the same way.
 
 Promises: nothing of a step is loaded before all of it was found, in full size (and, with --verify-checkpoint, with the right hash); what
-makes a step unusable is said with file and reason, and the next older one is looked at. Left to others: loading (collecting.py).
+makes a step unusable is said with file and reason, and the next older one is looked at. Left to others: loading (loading.py).
 """
 
 import json

@@ -1,5 +1,5 @@
 """Sequences and prompts of rank 0 through the stages of all ranks, and what came of them back: the common ground of evaluations inside a
-training (validation.py) and of dist_clm_eval.py (evaluating.py).
+training (evaluation/during_training.py) and of dist_clm_eval.py (evaluation/command.py).
 
 Sequences go to all ranks in batches of the shape that the stages are made for; their losses come back in one reduction, in the order in
 which they were given, and so are the same numbers on every rank and at every cut. Prompts are dealt to the replicas in turn. No random

@@ -149,7 +149,7 @@ class GlobalGradient:
 
     def scale_as_decided(self, decision: StepDecision, loss_scale: float) -> None:
         """Clip, and take the loss scale out. Called by compute(), and where compute() has lost its peers before it heard their decision,
-        with the one that another rank has heard: the gradient was whole by then (standing.py)."""
+        with the one that another rank has heard: the gradient was whole by then (membership/recovery.py)."""
         factor = decision.clip_factor / loss_scale
         if factor != 1.0 and not decision.skip:
             for _, flats in self._buckets.flat_gradients():

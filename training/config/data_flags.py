@@ -1,4 +1,4 @@
-"""What the flags about data must be to fit each other; parsing.py asks, before anything is opened.
+"""What the flags about data must be to fit each other; cli.py asks, before anything is opened.
 
 What needs the data itself (labels to balance, columns, a tokenizer) is checked where that is opened.
 """

@@ -1,7 +1,7 @@
 """The flags that training and evaluation share: which model, where its ranks meet, how it is cut, in what it computes, how records are
 read.
 
-Lower rooms are handed values, never these objects. config.py and evaluation_config.py add what is theirs."""
+Lower rooms are handed values, never these objects. train.py and evaluation.py add what is theirs."""
 
 import dataclasses
 from typing import Literal

@@ -1,6 +1,6 @@
 """The trainer's flags as one frozen dataclass. The only file of the house that knows of a command line.
 
-Lower rooms are handed values, never this object. How a command line becomes one: parsing.py. ``python -m training.config`` prints
+Lower rooms are handed values, never this object. How a command line becomes one: cli.py. ``python -m training.config`` prints
 docs/flags.md."""
 
 import dataclasses

@@ -1,6 +1,6 @@
 """What one rank can find out alone, before it talks to anybody: its place, interface, device, and the model from its headers.
 
-Reads no weight and writes nothing. Every mistake found here is a UserError; training/job/job.py takes it to the other ranks.
+Reads no weight and writes nothing. Every mistake found here is a UserError; membership/announce.py takes it to the other ranks.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """Whether the job that has formed can fit the memory and the disks of its hosts, asked before data
 and weights are read.
 
-The arithmetic is in room.py (memory), cures.py (what would fit) and memory.py (the prediction).
+The arithmetic is in room.py (memory), cures.py (what would fit) and prediction.py.
 Here the ranks tell each other what they have and need. Promises: all ranks come to the same end, with
 rank 0's words; a job that fits by far costs no rehearsal; ranks that have trained already and only
 meet again are not asked.
