@@ -4,7 +4,8 @@
 same command, is the worker. The supervisor must outlive what kills workers and cost nothing beside them, so it is this file alone in an
 interpreter of its own, with nothing but the standard library. Promises: the worker hears SIGTERM and SIGINT once each and is not started
 again after them; it does not outlive its supervisor; one that beats no more is killed and replaced; nothing that no restart can cure (exit
-statuses 0, 1, 2, 130) is restarted. What a restarted worker goes on from is settled in start/agreement.py, how the ranks meet again in meeting.py."""
+statuses 0, 1, 2, 130) is restarted. What a restarted worker goes on from is settled in start/agreement.py,
+how the ranks meet again in meeting.py."""
 
 import contextlib
 import ctypes
