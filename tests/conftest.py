@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Into the environment, for what is decided while test modules are imported, and for the workers of pytest-xdist."""
     config.addinivalue_line("markers", "full: in make test-all alone")
+    config.addinivalue_line("markers", "sample(keep, by): make test runs some of its cases")
     config.addinivalue_line("markers", "partly: make test tries some of what it loops over")
     seed = config.getoption("--sample-seed")
     if seed is not None or tiers.SEED_VARIABLE not in os.environ:
@@ -55,6 +56,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     tier = config.getoption("--tier")
+    tiers.mark_what_is_left_out(items)
 
     def has(item: pytest.Item, marker: str) -> bool:
         return item.get_closest_marker(marker) is not None

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+from support.tiers import sample
 
 from user_error import UserError
 
@@ -416,6 +417,7 @@ def test_when_one_rank_fails_the_launcher_stops_all_others_shows_why_and_fails_a
     assert_nothing_is_left(tmp_path)
 
 
+@sample(2)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("saving", ["", "at once", "takes long"], ids=["before training", "saves", "told twice"])
 def test_a_launcher_that_is_told_to_stop_takes_all_its_ranks_along(saving: str, tmp_path: Path, number: signal.Signals, code: int) -> None:

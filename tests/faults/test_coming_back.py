@@ -17,7 +17,7 @@ import pytest
 from support.faults import Fault, all_end, keep_connections, plant, said, stop, wait_until
 from support.grids import check_bits, num_rows, supervised, undisturbed
 from support.ranks import Process, equal_files, launch, log_rows, losses, train_argv
-from support.tiers import full, sampled
+from support.tiers import full, sample
 
 from comms.connections import Connections
 from pipeline_parallel.engine import PipelineEngine
@@ -25,15 +25,13 @@ from pipeline_parallel.engine import PipelineEngine
 STEPS = 20
 
 
+@sample(2)
 @pytest.mark.parametrize(
     ("phase", "victim"),
-    sampled(
-        [
-            *(("loading", 0), ("backward", 0), ("backward", 1), ("backward", 2), ("backward", 3)),
-            *(("saving", 0), ("saving", 1), ("agreeing", 3), ("last step", 1)),
-        ],
-        group=lambda case: case[1] == 0,  # of rank 0, where the hub is, and of another
-    ),
+    [
+        *(("loading", 0), ("backward", 0), ("backward", 1), ("backward", 2), ("backward", 3)),
+        *(("saving", 0), ("saving", 1), ("agreeing", 3), ("last step", 1)),
+    ],
 )
 def test_a_rank_that_is_started_again_finds_the_others_waiting(phase: str, victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
     flags |= {"total_steps": 8}
@@ -56,9 +54,10 @@ def test_a_rank_that_is_started_again_finds_the_others_waiting(phase: str, victi
     check_bits(flags, tmp_path)
 
 
+@sample(1)
 @pytest.mark.parametrize(
     ("stages", "replicas", "accumulation", "victim", "phase"),
-    sampled([(2, 2, 1, 3, "backward"), (2, 2, 2, 2, "agreeing"), (1, 3, 1, 2, "allreduce"), (1, 3, 2, 1, "optimizer")]),
+    [(2, 2, 1, 3, "backward"), (2, 2, 2, 2, "agreeing"), (1, 3, 1, 2, "allreduce"), (1, 3, 2, 1, "optimizer")],
 )
 def test_a_replica_is_gone_without_and_taken_back(
     stages: int, replicas: int, accumulation: int, victim: int, phase: str, flags: dict[str, Any], tmp_path: Path

@@ -114,6 +114,7 @@ def nft(*words: str) -> None:
     subprocess.run(["ip", "netns", "exec", HOSTS[1], "nft", *words], check=True, capture_output=True)
 
 
+@full
 def test_connections_that_a_router_resets_cost_no_bit(
     hosts: list[TwoHosts], flags: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from support.faults import PHASES, Fault, all_end, plant, said, wait_until
 from support.ranks import Process, free_port, launch, train, train_argv
-from support.tiers import sampled
+from support.tiers import sample
 from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 
@@ -61,7 +61,8 @@ def named(victim: int) -> str:
 KILLED = [(phase, victim) for phase in PHASES for victim in range(4) if phase != "saving" or victim < 2]  # replica 0 alone saves
 
 
-@pytest.mark.parametrize(("phase", "victim"), sampled(KILLED, group=lambda case: case[0]))
+@sample(1, by="phase")
+@pytest.mark.parametrize(("phase", "victim"), KILLED)
 def test_a_killed_rank_is_named_by_all_others_with_what_it_was_doing(
     phase: str, victim: int, flags: dict[str, Any], tasks: list[Path], tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_killed_rank_is_named_by_all_others_with_what_it_was_doing(
     assert not [c for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN]
 
 
+@sample(1)
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_death_that_resets_connections_is_a_death(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
     """As the kernel does where a process dies with something unread."""
@@ -113,6 +115,7 @@ def test_a_rank_0_that_stood_still_does_not_blame_those_who_gave_it_up(flags: di
     assert "dmesg" not in processes[0].text
 
 
+@sample(1)
 @pytest.mark.parametrize(("phase", "victim"), [("forward", 1), ("optimizer", 2), ("loading", 3), ("backward", 0)])
 def test_a_frozen_rank_is_given_up_by_all_others_and_ends_when_it_wakes(
     phase: str, victim: int, flags: dict[str, Any], tmp_path: Path
@@ -136,6 +139,7 @@ def test_a_frozen_rank_is_given_up_by_all_others_and_ends_when_it_wakes(
             process.kill()
 
 
+@sample(1)
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_rank_that_lives_and_does_not_get_on_is_named(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
     processes, stamp, _ = start({**flags, "peer_timeout": 3}, tmp_path, Fault.HANG, "optimizer", victim)

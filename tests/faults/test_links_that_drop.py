@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from support.faults import Fault, all_end, keep_connections, plant, said
 from support.ranks import equal_files, free_port, launch, log_rows, losses, run_ranks, train, train_argv
-from support.tiers import sampled
+from support.tiers import full, sample
 
 from comms import transport
 from comms.connections import Connections
@@ -80,7 +80,8 @@ PHASES = ("forward", "backward", "allreduce", "agreeing", "decided", "evaluation
 BROKEN = [(phase, victim) for phase in PHASES for victim in range(4) if phase != "saving" or victim < 2]  # replica 0 alone saves
 
 
-@pytest.mark.parametrize(("phase", "victim"), sampled(BROKEN, group=lambda case: case[0]))
+@sample(1, by="phase")
+@pytest.mark.parametrize(("phase", "victim"), BROKEN)
 def test_a_link_that_breaks_costs_no_bit(
     phase: str, victim: int, undisturbed: Path, model_folder: Path, tasks: list[Path], tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_break_that_gloo_tells_nobody_of_is_noticed(undisturbed: Path, model_f
     check(tmp_path / "run", undisturbed)
 
 
+@sample(1)
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_lifeline_that_is_cut_alone_costs_no_bit(
     victim: int, undisturbed: Path, model_folder: Path, tasks: list[Path], tmp_path: Path
@@ -218,6 +220,7 @@ def test_a_rank_that_was_gone_without_has_no_part_in_what_was_decided_meanwhile(
     assert common_ground([standing(5, decided_in="before"), standing(5, decided_in="before", meeting="before")]) is not None
 
 
+@full
 def test_a_link_that_breaks_while_a_resume_is_verified_costs_no_bit(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     """The batch of the proof is not trained on, however often it is read."""
     flags = {**flags_in(tmp_path, model_folder, tasks), "verify_resume": True, "evaluation_data": None, "evaluation_steps": 0}

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from support.namespaces import ESTABLISHED, LISTEN, local_addresses, start
 from support.ranks import log_rows, train_argv
+from support.tiers import sample
 
 NUM_STEPS = 200  # enough that both ranks still train when their sockets are read
 
 
+@sample(1)
 @pytest.mark.parametrize("interface", ["back", None])
 def test_store_hub_and_gloo_use_the_chosen_interface_only(
     interface: str | None, two_hosts: None, model_folder: Path, tasks: list[Path], tmp_path: Path

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support.models import make_model, make_tokenizer
 from support.ranks import Process, equal_files, free_port, launch, log_rows, train_argv
-from support.tiers import drawn, partly, sampled
+from support.tiers import drawn, partly, sample
 
 from checkpoint.manifest import read_manifest, verify_step
 from training.checkpoints import saver
@@ -193,6 +193,7 @@ CUTS = {
 }
 
 
+@sample(2)
 @partly
 @pytest.mark.parametrize("cut", CUTS)
 def test_kill_9_at_every_point_of_a_save_resumes_from_a_complete_step_and_ends_in_the_same_bits(
@@ -275,7 +276,8 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("refusal", sampled(REFUSALS, 2))
+@sample(2)
+@pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_disk_that_is_full_costs_one_checkpoint_and_not_the_training(
     refusal: str, flags_of: Callable[[int], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -306,6 +308,7 @@ def test_a_disk_that_is_full_costs_one_checkpoint_and_not_the_training(
     check_end(run, undisturbed)
 
 
+@sample(1)
 @pytest.mark.parametrize("is_separate", [False, True])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_the_last_save_fails_all_ranks_say_so_and_exit_1(

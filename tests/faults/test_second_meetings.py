@@ -15,7 +15,7 @@ import pytest
 from support.faults import Fault, all_end, both, fire, keep_connections, plant, said, stop, wait_until
 from support.grids import check_bits, num_rows, supervised, undisturbed
 from support.ranks import Process, equal_files, launch, log_rows, losses, train_argv
-from support.tiers import full, sampled
+from support.tiers import full, sample
 
 from comms.connections import Connections
 from comms.links import PeerLost
@@ -52,7 +52,8 @@ def in_call(owner: Any, name: str, call: int, victim: int, fault: Fault, stamp: 
     return before
 
 
-@pytest.mark.parametrize("victim", sampled([0, 1, 3]))
+@sample(1)
+@pytest.mark.parametrize("victim", [0, 1, 3])
 def test_a_rank_that_dies_while_groups_are_made_is_waited_for(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
     """In gloo one rank of a pair waits to be called, and there is no connection yet that could be shut down under it."""
     flags |= {"total_steps": 6, "peer_timeout": 3}
@@ -87,6 +88,7 @@ def test_two_ranks_that_die_at_once_are_waited_for(victims: tuple[int, int], fla
     check_bits(flags, tmp_path)
 
 
+@sample(1)
 @pytest.mark.parametrize(("where", "victim"), [((meeting, "make_groups"), 2), ((Trainer, "_connect"), 1), ((Keeping, "make_up"), 0)])
 def test_a_rank_that_dies_while_all_meet_again_is_waited_for(
     where: tuple[Any, str], victim: int, flags: dict[str, Any], tmp_path: Path
@@ -105,6 +107,7 @@ def test_a_rank_that_dies_while_all_meet_again_is_waited_for(
     check_bits(flags, tmp_path)
 
 
+@full
 def test_links_that_break_in_a_row_behind_a_save_cost_no_bit(flags: dict[str, Any], tmp_path: Path) -> None:
     """While a checkpoint is written, and again while the ranks that met are making up for it."""
     flags |= {"total_steps": 8, "async_checkpoint": False}
@@ -138,6 +141,7 @@ def check_losses(flags: dict[str, Any], tmp_path: Path) -> None:
     assert all(row["loss"] == pytest.approx(plain[row["step"]], rel=1e-5) for row in ours)
 
 
+@full
 def test_a_replica_that_wakes_one_step_later_has_no_half_of_that_step(flags: dict[str, Any], tmp_path: Path) -> None:
     """It froze in the middle of step 6, which the other one has played again alone; it is back before the next step."""
     flags = one_per_replica(flags, 2) | {"peer_timeout": 3, "total_steps": 40}
@@ -169,6 +173,7 @@ def test_a_replica_that_wakes_one_step_later_has_no_half_of_that_step(flags: dic
     check_losses(flags, tmp_path)
 
 
+@full
 def test_two_of_three_replicas_are_gone_without_and_come_back_one_by_one(flags: dict[str, Any], tmp_path: Path) -> None:
     flags = one_per_replica(flags, 3)
     stamps = [tmp_path / "fired1", tmp_path / "fired2"]
@@ -309,7 +314,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("mode", "phase"), sampled(itertools.product(MODES, ["agreeing", "decided"]), 2))
+@sample(2)
+@pytest.mark.parametrize(("mode", "phase"), itertools.product(MODES, ["agreeing", "decided"]))
 def test_a_link_that_breaks_costs_no_bit_in_any_mode(mode: str, phase: str, flags: dict[str, Any], tmp_path: Path) -> None:
     flags |= {"total_steps": 8, **MODES[mode]}
     stamp = tmp_path / "fired"
@@ -323,6 +329,7 @@ def test_a_link_that_breaks_costs_no_bit_in_any_mode(mode: str, phase: str, flag
     assert equal_files(run / last, plain / last) == []
 
 
+@full
 def test_the_best_step_is_found_by_all_ranks_where_the_evaluation_is_done_again(
     flags: dict[str, Any], tasks: list[Path], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from support.faults import Fault, all_end, both, fire, keep_connections, said, w
 from support.grids import num_rows, supervised, undisturbed
 from support.namespaces import HOSTS
 from support.ranks import Process, free_port, launch, log_rows, losses, train_argv
-from support.tiers import sampled
+from support.tiers import full, sample
 
 from checkpoint.layer_store import StepWriter
 from comms.connections import Connections
@@ -85,7 +85,8 @@ def test_slow_loads_steps_saves_evaluations_and_readers_are_no_failures(flags: d
     assert {stamp.name for stamp in stamps.iterdir()} == names, "each of them was slow"
 
 
-@pytest.mark.parametrize("busy", sampled([0, 1]))
+@sample(1)
+@pytest.mark.parametrize("busy", [0, 1])
 def test_a_rank_in_the_middle_of_a_long_computation_is_waited_for_where_all_meet_again(
     busy: int, flags: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -141,7 +142,8 @@ def test_a_rank_that_brings_something_to_an_end_between_two_meetings_is_waited_f
     assert [process.status for process in ranks] == [0, 0], said(ranks)
 
 
-@pytest.mark.parametrize("victim", sampled([0, 1]))
+@full
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_let_run_for_a_moment_now_and_then_is_alive(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
     """As on a machine that is overloaded, or under a debugger. Its beats arrive, so it computes, slowly."""
     flags |= {"data_group_size": 1, "world_size": 2, "total_steps": 60, "checkpoint_steps": 0}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.packing import make_encoder, open_plainly
 from support.ranks import log_rows, train
+from support.tiers import sample
 
 from tasks.mixture import draw_task
 from tasks.packing import PackingRules
@@ -94,6 +95,7 @@ def test_samples_are_shown_before_training_and_change_nothing(mode: str, model_f
     assert [row["loss"] for row in log_rows(tmp_path / "shown")] == [row["loss"] for row in log_rows(tmp_path / "plain")]
 
 
+@sample(1)
 @pytest.mark.parametrize(
     "rules",
     [{"packing": "concat", "packing_group": 7}, {"packing": "none"}, {"packing": "none", "long_documents": "truncate"}],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.models import make_model, make_tokenizer
 from support.ranks import equal_files, log_rows, losses, train
+from support.tiers import sample
 
 from comms.spans import CATEGORIES
 from training.membership import meeting
@@ -41,6 +42,7 @@ def reference(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     return out / "run"
 
 
+@sample(2)
 @pytest.mark.parametrize(
     ("stages", "how"),
     [

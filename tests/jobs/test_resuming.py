@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.models import make_tokenizer
 from support.ranks import eight_sequences, equal_files, log_rows, losses, steps_in, train, train_on_hosts
-from support.tiers import sampled
+from support.tiers import sample
 from transformers import AutoModelForCausalLM
 
 STEPS = 8
@@ -48,7 +48,8 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("grid", sampled(GRIDS, 2))
+@sample(2)
+@pytest.mark.parametrize("grid", GRIDS)
 def test_any_grid_resumes_any_other_at_the_same_sequence_and_gives_the_same_losses(
     grid: str, flags: dict[str, Any], whole_run: Path, tmp_path: Path
 ) -> None:
@@ -80,7 +81,8 @@ def test_steps_that_count_in_other_units_are_never_mistaken_for_each_other(flags
 SPLITS = {"stage by stage": ["a", "b", "a", "b"], "replica by replica": ["a", "a", "b", "b"], "a host each": ["a", "b", "c", "d"]}
 
 
-@pytest.mark.parametrize("split", sampled(SPLITS))
+@sample(1)
+@pytest.mark.parametrize("split", SPLITS)
 def test_hosts_without_a_shared_disk_keep_their_layers_and_resume_bit_for_bit(split: str, flags: dict[str, Any], tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer")  # another than the model's, on rank 0 alone
     own = {**flags, "batch_size": 4, "data_group_size": 2, "tokenizer_name": tmp_path / "tokenizer"}
@@ -169,7 +171,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, bool]] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "stages"), sampled(itertools.product(DAMAGES, [1, 2]), 3))
+@sample(3)
+@pytest.mark.parametrize(("damage", "stages"), itertools.product(DAMAGES, [1, 2]))
 def test_a_damaged_newest_step_falls_back_to_the_older_one_with_file_and_reason(
     damage: str, stages: int, flags: dict[str, Any], whole_run: Path, tmp_path: Path
 ) -> None:

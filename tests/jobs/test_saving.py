@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.models import make_model, make_tokenizer
 from support.ranks import Process, equal_files, free_port, launch, log_rows, losses, train, train_argv
-from support.tiers import sampled
+from support.tiers import sample
 
 from checkpoint.layer_store import StepWriter
 from checkpoint.manifest import read_manifest
@@ -147,7 +147,8 @@ def test_a_final_checkpoint_is_always_written(every: int, flags: dict[str, Any],
     assert steps_in(run) == {0: ["5"], 2: ["2", "4", "5"], 9: ["5"]}[every]
 
 
-@pytest.mark.parametrize(("is_separate", "keep"), sampled(itertools.product([False, True], [1, 2]), 2))
+@sample(2)
+@pytest.mark.parametrize(("is_separate", "keep"), itertools.product([False, True], [1, 2]))
 def test_an_old_step_is_removed_only_when_the_newer_one_is_committed_in_every_folder(
     keep: int, is_separate: bool, flags: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -210,7 +211,8 @@ def signal_in_update(victim: int, number: int, update: int) -> Callable[[int], N
     return before
 
 
-@pytest.mark.parametrize(("number", "victim"), sampled(itertools.product([signal.SIGTERM, signal.SIGINT], [0, 3]), 2))
+@sample(2)
+@pytest.mark.parametrize(("number", "victim"), itertools.product([signal.SIGTERM, signal.SIGINT], [0, 3]))
 def test_a_signal_to_any_rank_saves_the_same_step_on_all_and_the_same_command_goes_on(
     number: signal.Signals, victim: int, flags: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -239,7 +241,8 @@ def test_a_signal_while_a_step_is_written_waits_for_it_and_saves_the_last_one(fl
     assert first == "2" and int(last) in (3, 4)
 
 
-@pytest.mark.parametrize(("number", "frozen"), sampled(itertools.product([signal.SIGTERM, signal.SIGINT], [0, 1])))
+@sample(1)
+@pytest.mark.parametrize(("number", "frozen"), itertools.product([signal.SIGTERM, signal.SIGINT], [0, 1]))
 def test_a_second_signal_ends_a_rank_at_once_also_in_a_wait_for_a_frozen_peer(
     number: signal.Signals, frozen: int, flags: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.ranks import eight_sequences, equal_files, log_rows, losses, train, train_on_hosts
+from support.tiers import sample
 
 from checkpoint import gather, inspect
 from data_parallel.allreduce import GradientBuckets
@@ -244,6 +245,7 @@ def test_only_adapters_cross_replicas_and_are_kept(flags: dict[str, Any], tmp_pa
     assert not (tmp_path / "run" / "1" / "lm_head.safetensors").exists()
 
 
+@sample(1)
 @pytest.mark.parametrize("kind", ["lora over int8", "layernorm"])
 def test_adapters_of_hosts_without_a_shared_disk_are_gathered_and_go_on(kind: str, flags: dict[str, Any], tmp_path: Path) -> None:
     needs(kind)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from support.models import make_model, make_tokenizer
 from support.ranks import equal_files, free_port, launch, log_rows, losses, train, train_argv
-from support.tiers import full, sampled
+from support.tiers import full, sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint.model_folder import ModelFolder, load_stage
@@ -87,7 +87,8 @@ def kill_in_step(step: int, victims: set[int]):  # type: ignore[no-untyped-def]
     return before
 
 
-@pytest.mark.parametrize(("stages", "then_stages"), sampled([(1, 1), (2, 2), (2, 4), (4, 1), (1, 2)], 2))
+@sample(2)
+@pytest.mark.parametrize(("stages", "then_stages"), [(1, 1), (2, 2), (2, 4), (4, 1), (1, 2)])
 def test_kill_9_in_the_middle_of_a_step_plus_restart_gives_the_undisturbed_run(
     stages: int, then_stages: int, flags: dict[str, Any], reference: Path, tmp_path: Path
 ) -> None:
@@ -129,6 +130,7 @@ def test_replicas_and_accumulation_resume_bit_for_bit_at_another_degree(flags: d
     assert equal_files(tmp_path / "one" / "8", tmp_path / "two" / "8") == []
 
 
+@sample(1)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_folder_keeps_its_dtype_and_resumes_from_fp32_masters(
     dtype: torch.dtype, flags: dict[str, Any], tmp_path: Path

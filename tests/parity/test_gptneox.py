@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import TEXTS, make_neox_model
 from support.ranks import SHARED, equal_files, example_tokens, losses, train
+from support.tiers import sample
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 from transformers.activations import ACT2FN
@@ -106,6 +107,7 @@ def compare_with_hf(folder: Path, tokens: Tensor) -> None:
         assert distance(parameter.grad, expected[name]) <= 2e-6, name  # type: ignore[arg-type]
 
 
+@sample(3)
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_fast"])
 @pytest.mark.parametrize("rotary_pct", [0.25, 1.0])
 @pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "sequential"])

@@ -1,14 +1,14 @@
 """Two tiers of tests: `make test` holds every promise once, `make test-all` every case of it.
 
-What is only in the second is marked ``full``; of a matrix, `make test` runs some cases, drawn by a
-seed that pytest prints first. The seed follows from the commit, so that each commit draws others
+What is only in the second is marked ``full``; of a test marked ``sample``, `make test` runs some
+cases, drawn by a seed that pytest prints first. The seed follows from the commit, so that each commit draws others
 and CI can be repeated: pytest --tier quick --sample-seed N.
 """
 
 import os
 import random
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,37 @@ def seed_of_commit() -> int:
     return int(done.stdout, 16) if done.returncode == 0 else 0
 
 
-def sampled(cases: Iterable[Any], keep: int = 1, *, group: Callable[[Any], object] = lambda case: None) -> list[Any]:
-    """All ``cases`` of a parametrize, of which `make test` runs ``keep`` of each ``group``.
+def sample(keep: int, *, by: str | None = None) -> pytest.MarkDecorator:
+    """Of the cases of a parametrized test `make test` runs ``keep``; by: the name of a parameter, of
+    each value of which so many are run."""
+    return pytest.mark.sample(keep, by=by)
 
-    A case is a value or a tuple of values, as parametrize takes them. A case is drawn by the seed
-    and its group alone, so that other matrices do not change what is drawn here.
-    """
-    cases = list(cases)
-    groups: dict[object, list[int]] = {}
-    for number, case in enumerate(cases):
-        groups.setdefault(group(case), []).append(number)
+
+def left_out(cases: Sequence[Mapping[str, Any]], keep: int, by: str | None, key: str) -> list[int]:
+    """Numbers of the cases of a test that are not drawn. cases: the values of each one's parameters,
+    by name; key: of the test, so that tests draw apart from each other."""
+    groups: dict[str, list[int]] = {}
+    for number, values in enumerate(cases):
+        groups.setdefault("" if by is None else str(values[by]), []).append(number)
     seed = os.environ.get(SEED_VARIABLE, "0")
     chosen: set[int] = set()
-    for key, numbers in groups.items():
-        draw = random.Random(f"{seed} {key} {len(numbers)}")
+    for group, numbers in groups.items():
+        draw = random.Random(f"{seed} {key} {group} {len(numbers)}")
         chosen |= set(draw.sample(numbers, min(keep, len(numbers))))
-    return [case if number in chosen else _marked(case) for number, case in enumerate(cases)]
+    return [number for number in range(len(cases)) if number not in chosen]
 
 
-def _marked(case: Any) -> Any:
-    values = case if isinstance(case, tuple) else (case,)
-    return pytest.param(*values, marks=full)
+def mark_what_is_left_out(items: Sequence[pytest.Function]) -> None:
+    """``full`` for the cases of tests with ``sample`` that are not drawn."""
+    by_test: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if item.get_closest_marker("sample") is not None:
+            by_test.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for test, cases in by_test.items():
+        marker = cases[0].get_closest_marker("sample")
+        values = [case.callspec.params for case in cases]
+        for number in left_out(values, marker.args[0], marker.kwargs["by"], test):
+            cases[number].add_marker(full)
 
 
 def drawn(items: Iterable[Any], keep: int, *, key: str = "") -> list[Any]:

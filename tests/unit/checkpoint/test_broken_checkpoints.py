@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.ranks import eight_sequences, free_port, launch, log_rows, losses, steps_in, train, train_argv, train_on_hosts
+from support.tiers import sample
 
 from checkpoint.layer_store import StepWriter
 from training.checkpoints import saver
@@ -77,6 +78,7 @@ def test_2_a_full_disk_does_not_end_the_training_through_its_log(flags: dict[str
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@sample(1)
 @pytest.mark.parametrize(("method", "victim"), [("begin", 0), ("begin", 1), ("write_companions", 0), ("write_companions", 1)])
 def test_3_an_unforeseen_error_in_a_synchronous_save_leaves_nobody_waiting(
     method: str,
@@ -96,6 +98,7 @@ def test_3_an_unforeseen_error_in_a_synchronous_save_leaves_nobody_waiting(
             process.kill()
 
 
+@sample(1)
 @pytest.mark.parametrize("method", ["begin", "write_layer", "prepare", "commit"])
 def test_4_any_error_of_the_filesystem_costs_one_checkpoint_only(method: str, flags: dict[str, Any], tmp_path: Path) -> None:
     train(tmp_path, checkpoint_path=tmp_path / "run", before=raising(OSError(errno.ESTALE, "Stale file handle"), method, 0), **flags)
@@ -113,6 +116,7 @@ def test_5a_torchruns_restart_before_the_first_save_does_not_start_over(flags: d
     assert "starting at step 2 of 4" in process.text
 
 
+@sample(1)
 @pytest.mark.parametrize(("resume", "start"), [("none", 0), ("1", 1)])
 def test_5b_torchruns_restart_before_anything_was_renamed_still_obeys(
     resume: str,
@@ -178,6 +182,7 @@ def test_9_a_cut_off_commit_is_completed_where_an_older_step_has_its_name(flags:
     assert "starting at step 4 of 5" in processes[0].text
 
 
+@sample(1)
 @pytest.mark.parametrize(("stages", "wire"), [(4, "int8"), (1, "int8"), (2, "none")])
 def test_10_verify_resume_with_a_compressed_wire(stages: int, wire: str, flags: dict[str, Any], tmp_path: Path) -> None:
     own = {**flags, "verify_resume": "true"}

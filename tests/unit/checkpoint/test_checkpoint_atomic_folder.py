@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import hf_model, killed_at, save_hf
+from support.tiers import full, sample
 
 import checkpoint.hf_folder
 import checkpoint.layered_folder
@@ -219,6 +220,7 @@ def test_the_plan_changes_with_everything_that_the_bytes_depend_on(model, tmp_pa
     assert len(set(digests)) == 6
 
 
+@sample(1)
 @pytest.mark.usefixtures("no_fsync")
 @pytest.mark.parametrize(
     ("convert", "dtype"),
@@ -250,6 +252,7 @@ def test_kill_9_at_every_point_and_the_same_command_again_give_the_bytes_of_an_u
     assert resumed > 8, "hardly any run continued what the one before had written"
 
 
+@full
 @pytest.mark.usefixtures("no_fsync")
 def test_kill_9_twice_still_gives_the_same_bytes(small_model, tmp_path, target):
     convert_to_layers(small_model, tmp_path / "undisturbed" / "folder")

@@ -20,6 +20,7 @@ from support.checkpoints import (
     write_json,
     write_parts,
 )
+from support.tiers import full, sample
 from transformers import AutoModelForCausalLM
 
 from checkpoint.layer_store import StepWriter, remove_old_steps, remove_partials
@@ -92,6 +93,7 @@ def test_the_tokenizer_comes_from_its_own_folder_and_is_never_mixed_from_two(tmp
     assert (step / "generation_config.json").read_bytes() == (model / "generation_config.json").read_bytes()
 
 
+@sample(1)
 @pytest.mark.usefixtures("no_fsync")
 @pytest.mark.parametrize("damaged_before", [False, True], ids=["new step", "over a damaged one"])
 def test_kill_9_at_every_point_of_a_save_leaves_the_older_step_or_the_whole_new_one(damaged_before, model, root):
@@ -121,6 +123,7 @@ def test_kill_9_at_every_point_of_a_save_leaves_the_older_step_or_the_whole_new_
     assert seen == {"5", "6"}
 
 
+@full
 @pytest.mark.usefixtures("no_fsync")
 def test_kill_9_at_every_point_of_a_conversion_leaves_nothing_or_the_whole_folder(model, tmp_path):
     def convert():

@@ -12,6 +12,7 @@ from typing import get_args
 
 import pytest
 import torch
+from support.tiers import sample
 from torch import Tensor
 
 from comms import cuda_codecs
@@ -319,6 +320,7 @@ def emulated_launch(folder: Path, dtype: torch.dtype) -> Launch:
     return launch
 
 
+@sample(1)
 @pytest.mark.skipif(gpp_version() < 12, reason="needs g++ 12 or newer to compile the kernels for the host")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernels_give_the_bytes_of_the_torch_operations(dtype: torch.dtype, tmp_path: Path) -> None:

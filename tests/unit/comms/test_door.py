@@ -24,6 +24,7 @@ import torch.distributed as dist
 from support.faults import wait_until
 from support.hubs import LOOPBACK, OTHER_SECRET, SECRET, RawRank, at_once, hello_of, lifeline_to, listening_at, open_hub, strangers
 from support.ranks import REPOSITORY, eight_sequences, fork, free_port, launch, log_rows, losses, run_ranks, train, train_argv
+from support.tiers import full, sample
 
 import comms.connections
 from comms.connections import Connections
@@ -392,6 +393,7 @@ def timed_run(folder: Path, *, with_strangers: bool, **flags: Any) -> tuple[floa
     return first_row_s, sum(counts)
 
 
+@full
 def test_a_thousand_strangers_at_all_ports_change_no_loss_and_delay_no_start(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     flags = {**eight_sequences(model_folder, tasks), "total_steps": 40, "checkpoint_steps": 1000}
     quiet = sorted(timed_run(tmp_path / f"quiet{n}", with_strangers=False, **flags)[0] for n in range(2))
@@ -457,6 +459,7 @@ def holds_marker(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and path.name != "secret" and MARKER.encode() in path.read_bytes()]
 
 
+@sample(1)
 @pytest.mark.parametrize("way", ["file", "environment"])
 def test_the_secret_is_in_nothing_that_a_job_leaves(way: str, model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     flags = {**eight_sequences(model_folder, tasks), "total_steps": 2, "checkpoint_path": tmp_path / "run"}

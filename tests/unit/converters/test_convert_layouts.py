@@ -23,6 +23,7 @@ from support.conversions import (
     write_layer_shards,
     write_stages,
 )
+from support.tiers import sample
 
 from checkpoint.model_folder import ModelFolder, check_model_folder, load_stage
 from modules.families import read_model_config
@@ -130,6 +131,7 @@ CUTS = {
 }
 
 
+@sample(3)
 @pytest.mark.parametrize(("family", "place"), [(family, place) for family in FAMILIES for place in range(len(CUTS[family]))])
 def test_a_relatives_training_checkpoint_of_any_cut_becomes_the_model(family, place, made, tmp_path, capsys):
     cut, dtype = CUTS[family][place], [torch.float16, torch.float32][place % 2]

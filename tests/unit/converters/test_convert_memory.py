@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support.checkpoints import hf_model, with_bin_files, write_json
-from support.tiers import sampled
+from support.tiers import sample
 
 from checkpoint.hf_folder import write_hf_folder
 from checkpoint.layered_folder import write_model_folder
@@ -148,7 +148,8 @@ WAYS = [(source, way, dtype) for source in SOURCES for way, dtype in ((to_layers
 WAYS += [(bin_shards, to_layers, torch.float16), (bin_shards, to_hf, torch.float32)]
 
 
-@pytest.mark.parametrize(("write_source", "convert", "dtype"), sampled(WAYS, 4))
+@sample(4)
+@pytest.mark.parametrize(("write_source", "convert", "dtype"), WAYS)
 def test_a_conversion_takes_at_most_twice_its_largest_tensor(write_source, convert, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     source = tmp_path / "source"

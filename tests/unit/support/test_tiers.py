@@ -1,42 +1,37 @@
 """What make test leaves to make test-all: cases drawn by a seed, each group with its own, and nothing lost between the two."""
 
+import subprocess
+import sys
 from collections import Counter
-from typing import Any
+from pathlib import Path
 
 import pytest
-from support.tiers import SEED_VARIABLE, TIER_VARIABLE, TIERS, drawn, full, is_in, num_examples, sampled
+from support.ranks import REPOSITORY
+from support.tiers import SEED_VARIABLE, TIER_VARIABLE, TIERS, drawn, is_in, left_out, num_examples
 
-CASES = [(phase, victim) for phase in ("loading", "backward", "saving") for victim in range(4)]
-
-
-def quick(cases: list[Any]) -> list[Any]:
-    return [case for case in cases if not isinstance(case, type(pytest.param()))]
+CASES = [{"phase": phase, "victim": victim} for phase in ("loading", "backward", "saving") for victim in range(4)]
 
 
-def test_one_case_of_each_group_is_quick_and_all_others_are_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = Counter()
-    for seed in range(40):
+def chosen(keep: int, by: str | None, key: str = "a test") -> list[int]:
+    others = left_out(CASES, keep, by, key)
+    return [number for number in range(len(CASES)) if number not in others]
+
+
+def test_one_case_of_each_group_is_drawn_and_every_case_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: Counter[int] = Counter()
+    for seed in range(60):
         monkeypatch.setenv(SEED_VARIABLE, str(seed))
-        found = sampled(CASES, group=lambda case: case[0])
-        assert [case[0] for case in quick(found)] == ["loading", "backward", "saving"]
-        assert [case if isinstance(case, tuple) and len(case) == 2 else case.values for case in found] == CASES
-        drawn.update(quick(found))
-    assert set(drawn) == set(CASES), "every case has its turn"
+        found = chosen(1, "phase")
+        assert [CASES[number]["phase"] for number in found] == ["loading", "backward", "saving"]
+        times.update(found)
+    assert set(times) == set(range(len(CASES)))
 
 
-def test_the_same_seed_draws_the_same_and_no_group_moves_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_seed_draws_the_same_and_tests_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SEED_VARIABLE, "7")
-    first = quick(sampled(CASES, 2, group=lambda case: case[0]))
-    assert first == quick(sampled(CASES, 2, group=lambda case: case[0])) and len(first) == 6
-    fewer = quick(sampled(CASES[:8], 2, group=lambda case: case[0]))
-    assert fewer == first[:4]
-    assert quick(sampled([1, 2], 5)) == [1, 2]
-
-
-def test_values_that_are_no_tuples_are_cases_too() -> None:
-    found = sampled(["a", "b", "c"], 1)
-    assert len(quick(found)) == 1
-    assert all(case.marks == (full.mark,) or case.marks == (full,) for case in found if case not in quick(found))
+    assert chosen(2, None) == chosen(2, None) and len(chosen(2, None)) == 2
+    assert len({tuple(chosen(2, None, f"test {n}")) for n in range(20)}) > 5
+    assert chosen(50, None) == list(range(len(CASES)))
 
 
 @pytest.mark.parametrize("is_full", [False, True])
@@ -64,3 +59,25 @@ def test_a_quick_loop_goes_over_some_in_their_order_and_another_key_over_others(
     assert len(found) == 5 and found == sorted(set(found)) == drawn(range(50), 5)
     assert found != drawn(range(50), 5, key="another")
     assert drawn([3, 1], 5) == [3, 1]
+
+
+def test_pytest_runs_what_the_tier_says_prints_the_seed_and_repeats_it(tmp_path: Path) -> None:
+    """On a matrix of the faults, which is collected and not run."""
+
+    def collected(*options: str) -> tuple[list[str], str]:
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-p", "no:cacheprovider", *options]
+        done = subprocess.run([*command, "tests/faults/test_faults.py"], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        killed = [line for line in done.stdout.splitlines() if "::test_a_killed_rank" in line]
+        return killed, done.stdout
+
+    quick, said = collected("--tier", "quick", "--sample-seed", "5")
+    assert "to run the same tests: --tier quick --sample-seed 5" in said
+    rest, _ = collected("--tier", "rest", "--sample-seed", "5")
+    whole, _ = collected()
+    phases = {line.split("[")[1].rsplit("-", 1)[0] for line in whole}
+    assert len(quick) == len(phases) and {line.split("[")[1].rsplit("-", 1)[0] for line in quick} == phases
+    assert sorted(quick + rest) == sorted(whole) and not set(quick) & set(rest)
+    assert collected("--tier", "quick", "--sample-seed", "5")[0] == quick
+    others = [collected("--tier", "quick", "--sample-seed", str(seed))[0] for seed in (6, 7)]
+    assert any(other != quick for other in others)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import REPOSITORY
-from support.tiers import sampled
+from support.tiers import sample
 
 from modules.families import read_model_config
 from modules.model_config import ModelConfig
@@ -119,7 +119,8 @@ def predict(
     return predict_stages(config, model, cut, in_flight_of(config, asked_extra_warmup(config)), device)
 
 
-@pytest.mark.parametrize("kind", sampled(RUNS))
+@sample(1)
+@pytest.mark.parametrize("kind", RUNS)
 def test_the_prediction_is_within_15_percent_of_what_a_run_takes(kind: str) -> None:
     if "lora" in kind:
         pytest.importorskip("peft")

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from support.ranks import REPOSITORY, log_rows, losses, train, train_argv
+from support.tiers import full
 
 from training.config.train import Config
 from training.job import exit_status
@@ -330,6 +331,7 @@ def test_a_wrong_command_line_makes_no_supervisor(tmp_path: Path) -> None:
     assert "supervisor" not in (tmp_path / "output.txt").read_text()
 
 
+@full
 def test_a_trainer_that_is_killed_ends_with_the_losses_of_an_undisturbed_run(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     """--resume none is for the first attempt: a restart goes on, or it would begin again for ever."""
     flags = {"model_name": model_folder, "task_name": tasks[0], "seq_length": 32, "batch_size": 4, "micro_batch_size": 2}
