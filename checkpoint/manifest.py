@@ -192,7 +192,7 @@ def _count(value: Any) -> int | None:
 
 
 def _record(name: str, entry: Any) -> FileRecord:
-    if not isinstance(entry["sha256"], str) or type(entry["size"]) is not int or not _is_inside(name):
+    if not isinstance(entry["sha256"], str) or type(entry["size"]) is not int or entry["size"] < 0 or not _is_inside(name):
         raise TypeError(name)
     return FileRecord(name=name, size=entry["size"], sha256=entry["sha256"])
 

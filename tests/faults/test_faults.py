@@ -151,6 +151,7 @@ def test_a_rank_that_lives_and_does_not_get_on_is_named(victim: int, flags: dict
         assert "step 3, update" in process.text
 
 
+@sample(1)
 @pytest.mark.parametrize(("phase", "victim"), [("forward", 1), ("loading", 0), ("agreeing", 2)])
 def test_an_exception_of_a_users_code_is_shown_there_and_on_rank_0(phase: str, victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
     processes, stamp, _ = start(flags, tmp_path, Fault.RAISE, phase, victim)

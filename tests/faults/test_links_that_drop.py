@@ -171,6 +171,7 @@ def test_a_lifeline_that_is_cut_alone_costs_no_bit(
     check(tmp_path / "run", undisturbed)
 
 
+@full
 def test_links_that_break_again_and_again_end_the_job_in_words(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     flags = grid({**flags_in(tmp_path, model_folder, tasks), "pipeline_group_size": 2, "data_group_size": 1, "world_size": 2})
 

@@ -72,7 +72,8 @@ def test_a_rank_that_dies_while_groups_are_made_is_waited_for(victim: int, flags
     check_bits(flags, tmp_path)
 
 
-@pytest.mark.parametrize("victims", [pytest.param((1, 2), marks=full), (0, 3)])
+@full
+@pytest.mark.parametrize("victims", [(1, 2), (0, 3)])
 def test_two_ranks_that_die_at_once_are_waited_for(victims: tuple[int, int], flags: dict[str, Any], tmp_path: Path) -> None:
     flags |= {"total_steps": 8}
     stamps = [tmp_path / f"fired{victim}" for victim in victims]
@@ -191,6 +192,7 @@ def test_two_of_three_replicas_are_gone_without_and_come_back_one_by_one(flags: 
     check_losses(flags, tmp_path)
 
 
+@full
 def test_a_link_that_breaks_while_a_replica_is_taken_in_loses_no_step(flags: dict[str, Any], tmp_path: Path) -> None:
     """The others hold the newest state: they go on with it, and take the replica in behind the next step."""
     flags = one_per_replica(flags, 3)
@@ -314,7 +316,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@sample(2)
+@sample(1)
 @pytest.mark.parametrize(("mode", "phase"), itertools.product(MODES, ["agreeing", "decided"]))
 def test_a_link_that_breaks_costs_no_bit_in_any_mode(mode: str, phase: str, flags: dict[str, Any], tmp_path: Path) -> None:
     flags |= {"total_steps": 8, **MODES[mode]}

@@ -160,6 +160,7 @@ def test_a_rank_that_is_let_run_for_a_moment_now_and_then_is_alive(victim: int, 
     check_that_nothing_happened(ranks)
 
 
+@full
 def test_a_message_may_take_longer_than_any_limit(two_hosts: None, flags: dict[str, Any], tmp_path: Path) -> None:
     """24 kbit/s both ways between two hosts: an activation of 8 KB takes 3 s and shares the link with the beats."""
     flags |= {"data_group_size": 1, "world_size": 2, "total_steps": 2, "checkpoint_steps": 0, "net_interface": "back"}

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import make_model, make_tokenizer
 from support.ranks import REPOSITORY, Process, free_port, launch, train, train_argv
+from support.tiers import sample
 
 import dist_clm_train
 from comms.deadlines import DEADLINES
@@ -55,6 +56,7 @@ def refused(tmp_path: Path, *wanted: str, stages: int = 2, everywhere: bool = Tr
     return processes
 
 
+@sample(15)
 @pytest.mark.parametrize(
     ("wrong", "wanted"),
     [
@@ -425,6 +427,7 @@ def finished(flags: dict[str, Any], tmp_path: Path) -> Path:
     return Path(flags["checkpoint_path"])
 
 
+@sample(2)
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from support.ranks import REPOSITORY, free_port, log_rows, losses, train, train_argv
-from support.tiers import sample
+from support.tiers import full
 from support.warm_python import warm_python
 
 from comms.rendezvous import door_of_torchrun
@@ -127,7 +127,7 @@ def test_one_node_starts_all_its_workers_again_after_a_kill(python: Path, flags:
     check(run, flags, tmp_path, replicas=2)
 
 
-@sample(1)
+@full
 @pytest.mark.parametrize("victim", [0, 1])
 def test_two_nodes_go_on_after_a_worker_of_either_was_killed(victim: int, python: Path, flags: dict[str, Any], tmp_path: Path) -> None:
     """Agents count restarts each for itself, and the counts part: the ranks must meet all the same."""

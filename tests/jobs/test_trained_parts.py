@@ -64,6 +64,7 @@ def test_a_run_cut_in_two_resumes_at_another_degree_in_the_same_bits(kind: str, 
     assert equal_files(tmp_path / "whole" / "4", tmp_path / "parts" / "4") == []
 
 
+@sample(1)
 @pytest.mark.parametrize("kind", ["bf16", "lora over int8", "layernorm", "8-bit adam"])
 def test_a_measured_cut_measures_what_is_trained_and_changes_no_bit(kind: str, flags: dict[str, Any], tmp_path: Path) -> None:
     needs(kind)

@@ -151,6 +151,7 @@ def test_a_half_precision_folder_keeps_its_dtype_and_resumes_from_fp32_masters(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "6", dtype="auto").dtype == dtype
 
 
+@sample(1)
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_every_checkpoint_loads_with_from_pretrained_and_equals_the_trainers_own_logits(
     stages: int, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.ranks import eight_sequences, free_port, launch, log_rows, losses, steps_in, train, train_argv, train_on_hosts
-from support.tiers import sample
+from support.tiers import full, sample
 
 from checkpoint.layer_store import StepWriter
 from training.checkpoints import saver
@@ -47,6 +47,7 @@ def test_1_the_host_of_rank_0_is_lost_and_the_other_replica_goes_on(flags: dict[
     assert "starting at step 2 of 4" in process.text
 
 
+@full
 def test_2_a_full_disk_does_not_end_the_training_through_its_log(flags: dict[str, Any], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

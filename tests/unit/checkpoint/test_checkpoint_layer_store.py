@@ -145,6 +145,9 @@ def test_kill_9_at_every_point_of_a_conversion_leaves_nothing_or_the_whole_folde
     assert k > 25, "a conversion has more points than this: are they still seen?"
 
 
+NEGATIVE_SIZE = {"format": 2, "step": 20, "position": 8, "files": {"a": {"size": -1, "sha256": "0"}}, "elsewhere": {}}
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -153,6 +156,7 @@ def test_kill_9_at_every_point_of_a_conversion_leaves_nothing_or_the_whole_folde
         (lambda step: os.unlink(step / "manifest.json"), "has no manifest.json"),
         (lambda step: os.truncate(step / "manifest.json", 50), "manifest.json is not valid JSON"),
         (lambda step: write_json(step / "manifest.json", {"format": 1, "step": 20, "files": {"a": {}}}), "manifest.json is damaged"),
+        (lambda step: write_json(step / "manifest.json", NEGATIVE_SIZE), "manifest.json is damaged"),
         (lambda step: write_json(step / "manifest.json", {"format": 3}), "has the format 3; this version reads format 2"),
         (lambda step: write_json(step / "manifest.json", {"format": 1, "step": 20, "files": {}}), "does not list train_state/trainer.json"),
         (lambda step: write_json(step / "manifest.json", {"format": 1, "step": None, "files": {}}), "calls it a model folder"),

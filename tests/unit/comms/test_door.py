@@ -433,6 +433,7 @@ sys.exit(0 if len(held) > 100 and took_s < 2 and store.get("a") == b"b" and all(
 """
 
 
+@full
 def test_names_that_take_seconds_to_look_up_delay_no_start() -> None:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("making network namespaces needs root and iproute2")
@@ -473,6 +474,7 @@ def test_the_secret_is_in_nothing_that_a_job_leaves(way: str, model_folder: Path
     assert log_rows(tmp_path / "run") and holds_marker(tmp_path) == []
 
 
+@full
 def test_the_secret_is_in_no_argument_and_not_in_what_a_supervisor_tells(model_folder: Path, tasks: list[Path], tmp_path: Path) -> None:
     flags = {**eight_sequences(model_folder, tasks), "total_steps": 100_000, "checkpoint_path": tmp_path / "run", "max_restarts": 1}
     flags |= {"rank": 0, "world_size": 1, "device": "cpu", "dist_url": f"tcp://{LOOPBACK}:{free_port()}", "num_threads": 1}

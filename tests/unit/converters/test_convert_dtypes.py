@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import TOKENIZER, same_bytes, tensors_of, with_bin_files
 from support.conversions import FAMILIES, NUM_LAYERS, buffers, from_hf, logits, make_hf, to_hf, write_layer_shards
+from support.tiers import sample
 
 import checkpoint.conversion
 import checkpoint.hivemind_int8
@@ -155,6 +156,7 @@ def test_8_bit_weights_are_dequantised_one_at_a_time_when_they_are_written(int8_
     assert sorted(seen) == sorted(name for name in opened.names() if opened.weights[name].file.__class__ is Int8File)
 
 
+@sample(3)
 @pytest.mark.parametrize("flag", ["keep", "fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dtype_rounds_every_weight_as_torch_does(family, flag, tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ WAYS = [(source, way, dtype) for source in SOURCES for way, dtype in ((to_layers
 WAYS += [(bin_shards, to_layers, torch.float16), (bin_shards, to_hf, torch.float32)]
 
 
-@sample(4)
+@sample(2)
 @pytest.mark.parametrize(("write_source", "convert", "dtype"), WAYS)
 def test_a_conversion_takes_at_most_twice_its_largest_tensor(write_source, convert, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.ranks import fork
+from support.tiers import sample
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
@@ -268,6 +269,7 @@ def test_attention_with_noise_is_on_average_attention_without(starts: tuple[int,
     assert values.std(0).min() > 0
 
 
+@sample(1)
 @pytest.mark.parametrize("name", ["gptj", "gptneox"])
 def test_a_block_with_noise_is_on_average_the_block_without(name: str) -> None:
     """Attention and MLP stand side by side, so nothing that is dropped goes through an activation."""

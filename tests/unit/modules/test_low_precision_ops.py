@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.ranks import REPOSITORY
+from support.tiers import sample
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -285,6 +286,7 @@ def test_a_quantised_head_gives_the_loss_of_the_weights_it_stands_for(dtype: tor
     assert distance(hidden.grad, exact_hidden.grad) <= {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
 
 
+@sample(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_trained", [False, True], ids=["frozen", "trained"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.ranks import evaluate, train
+from support.tiers import full
 
 from modules.families import read_model_config
 from training.config.cli import complete
@@ -153,6 +154,7 @@ def test_an_evaluation_is_helped_by_precision_quantisation_and_stages() -> None:
     assert cure.flags == "--bf16 true", "as it is typed"
 
 
+@full
 @pytest.mark.parametrize("flags", [{"dropout": 0.1}, {"bf16": True, "master_weights": "fp32"}, {"pp_mode": "zb"}], ids=str)
 def test_what_lets_a_small_run_off_the_rehearsal_is_more_than_any_rehearsal_says(flags: dict[str, Any]) -> None:
     config, model_config = config_of(**flags), read_model_config(SMALL)

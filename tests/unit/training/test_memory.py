@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import REPOSITORY
-from support.tiers import sample
+from support.tiers import full, sample
 
 from modules.families import read_model_config
 from modules.model_config import ModelConfig
@@ -134,6 +134,7 @@ def test_the_prediction_is_within_15_percent_of_what_a_run_takes(kind: str) -> N
     assert activations > 10 * MIB and resident > 30 * MIB, "neither is small change"
 
 
+@sample(1)
 @pytest.mark.parametrize("flags", [{}, {"bf16": True}, {"train": "layernorm", "base_quantization": "int8"}], ids=["fp32", "bf16", "int8"])
 def test_a_rehearsed_layer_keeps_what_a_real_one_keeps(flags: dict[str, Any]) -> None:
     """But for a hidden state, as the rehearsed one joins the outputs of two documents, and for what the two real layers share."""
@@ -198,6 +199,7 @@ def test_links_cost_their_receive_buffers() -> None:
     assert plain[0].in_flight == 2 and plain[1].in_flight == 1
 
 
+@sample(1)
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_gpt_j_6b_trains_adapters_on_an_11_gb_card(precision: str, targets: str) -> None:
@@ -208,6 +210,7 @@ def test_gpt_j_6b_trains_adapters_on_an_11_gb_card(precision: str, targets: str)
     assert 6 * GIB < stage.total < 8.5 * GIB
 
 
+@full
 def test_gpt_neox_20b_over_eight_stages() -> None:
     cut = ((0, 6), (6, 12), (12, 18), (18, 24), (24, 29), (29, 34), (34, 39), (39, 44))
     stages = predict(NEOX_20B, stages=8, cut=cut, device=CUDA, bf16=True, recompute="layer", seq_length=2048, batch_size=16)
