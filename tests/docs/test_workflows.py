@@ -16,6 +16,7 @@ import pytest
 from safetensors import safe_open
 from support.models import TEXTS, make_model, make_neox_model, make_tokenizer
 from support.ranks import REPOSITORY, free_port, log_rows
+from support.tiers import full
 from support.warm_python import warm_python
 
 SCRIPTS = REPOSITORY / "example_scripts"
@@ -156,6 +157,7 @@ def test_too_few_lists_of_cores_and_a_missing_allocator_are_named(place: Path, p
     assert "there is no /none.so" in run("mnli_lora_cpu.sh", {**environment, "ALLOCATOR": "/none.so"}, tmp_path, expect=2)
 
 
+@full
 def test_classification_over_int8_ends_in_one_table_of_every_way_and_prompt(place: Path, python: Path, tmp_path: Path) -> None:
     data = {"TRAIN_DATA": place / "rows.csv", "EVAL_DATA": place / "rows.csv", "TEXT_COLUMN": "body", "LABEL_COLUMN": "verdict"}
     small = {"SEQ_LENGTH": 128, "BATCH": 2, "STEPS": 2, "SHOTS": 2, "MAX_EVAL_SAMPLES": 8, "EVAL_BATCH": 4, "OUT": tmp_path / "out"}

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from support.faults import PHASES, Fault, all_end, plant, said, wait_until
 from support.ranks import Process, free_port, launch, train, train_argv
-from support.tiers import sample
+from support.tiers import full, sample
 from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 
@@ -104,6 +104,7 @@ def test_a_death_that_resets_connections_is_a_death(victim: int, flags: dict[str
             assert "All ranks meet again" not in process.text, process.text
 
 
+@full
 def test_a_rank_0_that_stood_still_does_not_blame_those_who_gave_it_up(flags: dict[str, Any], tmp_path: Path) -> None:
     processes, stamp, _ = start({**flags, "peer_timeout": 4}, tmp_path, Fault.FREEZE, "backward", 0)
     wait_until(stamp.exists, 60, processes)

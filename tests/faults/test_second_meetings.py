@@ -220,6 +220,7 @@ def test_a_link_that_breaks_while_a_replica_is_taken_in_loses_no_step(flags: dic
     check_losses(flags, tmp_path)
 
 
+@full
 def test_a_replica_waits_where_there_is_no_room_for_the_checkpoint_it_would_begin_with(flags: dict[str, Any], tmp_path: Path) -> None:
     flags = one_per_replica(flags, 2)
     stamp = tmp_path / "fired"

@@ -116,6 +116,7 @@ def test_a_rank_in_the_middle_of_a_long_computation_is_waited_for_where_all_meet
     assert losses(tmp_path / "run") == losses(undisturbed(flags, tmp_path))
 
 
+@full
 def test_a_rank_that_brings_something_to_an_end_between_two_meetings_is_waited_for(flags: dict[str, Any], tmp_path: Path) -> None:
     """It ended with an error of its own, and closes files that a slow disk holds up; rank 0 does the same."""
     flags |= {"data_group_size": 1, "world_size": 2, "total_steps": 6}

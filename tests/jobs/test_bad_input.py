@@ -334,6 +334,7 @@ def bad_file(tmp_path: Path, content: str) -> Path:
 GOOD = json.dumps({"text": "a good document"}) + "\n"
 
 
+@sample(2)
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [

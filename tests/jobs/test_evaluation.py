@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import equal_files, evaluate, losses, steps_in, train
-from support.tiers import sample
+from support.tiers import full, sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.evaluation.results import compare
@@ -242,6 +242,7 @@ def test_named_labels_are_those_of_training_and_evaluation(flags: dict[str, Any]
     assert "no, perhaps, yes" in examples[0]["prompt"]
 
 
+@full
 def test_adapters_are_evaluated_beside_their_base(training_flags: dict[str, Any], flags: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     lora = {"train": "lora", "lora_rank": 2, "checkpoint_steps": 0, "lr": 0.05}

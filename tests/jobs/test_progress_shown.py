@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 from support.ranks import evaluate, train
+from support.tiers import full
 
 import comms.progress
 import tasks.order
@@ -93,6 +94,7 @@ def test_a_checkpoint_that_takes_long_is_shown_in_bytes_also_where_a_thread_writ
         assert shown(rank_0.text, r"writing the checkpoint of step 1: \d+\.\d of \d+\.\d kB \(\d+ %\), ETA"), rank_0.text
 
 
+@full
 def test_a_long_evaluation_is_shown_in_records_and_tokens(flags: dict[str, Any], tmp_path: Path) -> None:
     data = tmp_path / "questions.jsonl"
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f" {2 * n}"} for n in range(12)]
@@ -109,6 +111,7 @@ def test_a_long_evaluation_is_shown_in_records_and_tokens(flags: dict[str, Any],
     assert shown(rank_0.text, r"generating answers: \d+ of 48 tokens \(\d+ %\), ETA"), rank_0.text
 
 
+@full
 def test_the_script_that_evaluates_shows_where_it_is(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((comms.progress, "EVERY_S"), (progress_display, "FIRST_S"), (progress_display, "LOOK_S")):
         monkeypatch.setattr(module, name, 0.2)

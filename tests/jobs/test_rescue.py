@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.ranks import Process, equal_files, free_port, launch, log_rows, train, train_argv
+from support.tiers import full
 
 from training.checkpoints.ram_snapshots import HOST_MEMORY, rescue_folder
 
@@ -87,6 +88,7 @@ def test_a_run_whose_ranks_all_died_goes_on_from_its_snapshot_bit_for_bit(flags:
     assert snapshots(run) == [], "a run that has ended leaves nothing in the host's memory"
 
 
+@full
 def test_a_fresh_run_takes_no_snapshot_of_an_older_one(flags: dict[str, Any], tmp_path: Path) -> None:
     run = Path(flags["checkpoint_path"])
     processes = start(flags, tmp_path)

@@ -211,7 +211,7 @@ def signal_in_update(victim: int, number: int, update: int) -> Callable[[int], N
     return before
 
 
-@sample(2)
+@sample(1)
 @pytest.mark.parametrize(("number", "victim"), itertools.product([signal.SIGTERM, signal.SIGINT], [0, 3]))
 def test_a_signal_to_any_rank_saves_the_same_step_on_all_and_the_same_command_goes_on(
     number: signal.Signals, victim: int, flags: dict[str, Any], tmp_path: Path

@@ -115,6 +115,7 @@ def end_well(nodes: list[Node]) -> None:
             node.kill()
 
 
+@full
 def test_one_node_starts_all_its_workers_again_after_a_kill(python: Path, flags: dict[str, Any], tmp_path: Path) -> None:
     node = Node(python, flags, tmp_path / "node.txt", rank=0, nodes=1, workers=4, port=free_port())
     run = Path(flags["checkpoint_path"])
@@ -143,6 +144,7 @@ def test_two_nodes_go_on_after_a_worker_of_either_was_killed(victim: int, python
     check(run, flags, tmp_path, replicas=1)
 
 
+@full
 def test_a_node_that_was_lost_whole_is_started_again_by_hand(python: Path, flags: dict[str, Any], tmp_path: Path) -> None:
     """Its new agent counts restarts from 0, the other one goes on counting."""
     port, run = free_port(), Path(flags["checkpoint_path"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.ranks import eight_sequences, equal_files, log_rows, losses, train, train_on_hosts
-from support.tiers import sample
+from support.tiers import full, sample
 
 from checkpoint import gather, inspect
 from data_parallel.allreduce import GradientBuckets
@@ -50,6 +50,7 @@ def needs(kind: str) -> None:
             pytest.importorskip(package)
 
 
+@sample(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_cut_in_two_resumes_at_another_degree_in_the_same_bits(kind: str, flags: dict[str, Any], tmp_path: Path) -> None:
     needs(kind)
@@ -89,6 +90,7 @@ def test_half_precision_is_close_to_fp32_and_not_the_same(flags: dict[str, Any],
         assert found[kind] == pytest.approx(found["fp32"], rel=2e-2 if kind == "bf16" else 2e-3)
 
 
+@full
 def test_replicas_in_bf16_give_the_loss_of_one(flags: dict[str, Any], tmp_path: Path) -> None:
     own = {**flags, "bf16": "true"}
     train(tmp_path / "ranks", checkpoint_path=tmp_path / "one", **own)
@@ -111,6 +113,7 @@ def test_dropout_draws_other_noise_for_every_micro_batch_whoever_computes_it(fla
     assert abs(losses(tmp_path / "none")[0] - one[0]) > 1e-3
 
 
+@full
 def test_a_run_says_what_memory_it_was_to_take_and_took(flags: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("peft")
     own = {**flags, **KINDS["lora over int8"], "total_steps": 11, "checkpoint_steps": 0}
@@ -133,6 +136,7 @@ def test_a_checkpoint_of_a_version_without_a_loss_scale_goes_on(flags: dict[str,
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+@sample(1)
 @pytest.mark.parametrize(
     ("then", "now"),
     [
@@ -162,6 +166,7 @@ def test_a_smaller_initial_loss_scale_counts_on_a_resume(flags: dict[str, Any], 
     assert [row["loss_scale"] for row in log_rows(tmp_path / "run")] == [32768, 16]
 
 
+@full
 def test_a_run_may_go_on_in_another_precision_and_says_so(flags: dict[str, Any], tmp_path: Path) -> None:
     train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**flags, "bf16": "true", "total_steps": 2})
     (process,) = train(tmp_path / "ranks", checkpoint_path=tmp_path / "run", **{**flags, "total_steps": 4})
@@ -186,6 +191,7 @@ def overflow_on(victim: int, at_step: int) -> Callable[[int], None]:
     return before
 
 
+@sample(1)
 @pytest.mark.parametrize("victim", [0, 3])
 def test_an_overflow_on_one_of_four_ranks_is_skipped_by_all_and_nobody_diverges(victim: int, flags: dict[str, Any], tmp_path: Path) -> None:
     own = {**flags, "fp16": "true", "loss_scale_hysteresis": 1, "batch_size": 4, "total_steps": 5}
@@ -246,7 +252,7 @@ def test_only_adapters_cross_replicas_and_are_kept(flags: dict[str, Any], tmp_pa
     assert not (tmp_path / "run" / "1" / "lm_head.safetensors").exists()
 
 
-@sample(1)
+@full
 @pytest.mark.parametrize("kind", ["lora over int8", "layernorm"])
 def test_adapters_of_hosts_without_a_shared_disk_are_gathered_and_go_on(kind: str, flags: dict[str, Any], tmp_path: Path) -> None:
     needs(kind)

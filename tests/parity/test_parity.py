@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from support.ranks import example_tokens, run_ranks
 from support.stages import load
@@ -217,11 +218,17 @@ def write_grid_gradients(
 
 
 @pytest.fixture(scope="module")
-def grids(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, int]:
-    out = tmp_path_factory.mktemp("grids")
+def grids(model_folder: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> tuple[Path, torch.Tensor, int]:
+    """Made once for all workers of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    out = (own if worker_id == "master" else own.parent) / "grids"
     tokens, num_targets = example_tokens(NUM_SEQUENCES, SEQ_LENGTH, 320)
-    for stages, replicas in itertools.product((1, 2, 4), (1, 2)):
-        write_grid_gradients(model_folder, out, stages, replicas, tokens, num_targets)
+    with FileLock(f"{out}.lock"):
+        if not (out / "whole").exists():
+            out.mkdir()
+            for stages, replicas in itertools.product((1, 2, 4), (1, 2)):
+                write_grid_gradients(model_folder, out, stages, replicas, tokens, num_targets)
+            (out / "whole").touch()
     return out, tokens, num_targets
 
 

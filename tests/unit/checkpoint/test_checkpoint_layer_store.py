@@ -20,7 +20,7 @@ from support.checkpoints import (
     write_json,
     write_parts,
 )
-from support.tiers import full, sample
+from support.tiers import full
 from transformers import AutoModelForCausalLM
 
 from checkpoint.layer_store import StepWriter, remove_old_steps, remove_partials
@@ -93,7 +93,7 @@ def test_the_tokenizer_comes_from_its_own_folder_and_is_never_mixed_from_two(tmp
     assert (step / "generation_config.json").read_bytes() == (model / "generation_config.json").read_bytes()
 
 
-@sample(1)
+@full
 @pytest.mark.usefixtures("no_fsync")
 @pytest.mark.parametrize("damaged_before", [False, True], ids=["new step", "over a damaged one"])
 def test_kill_9_at_every_point_of_a_save_leaves_the_older_step_or_the_whole_new_one(damaged_before, model, root):

@@ -64,6 +64,7 @@ def assert_is_the_model(folder, weights, expected_logits):
     assert {name: (folder / name).read_text() for name in TOKENIZER} == TOKENIZER
 
 
+@sample(1)
 @EVERY_FAMILY
 def test_hf_to_ours_to_hf(family, models, tmp_path):
     folder, weights, expected = models[family]
@@ -74,6 +75,7 @@ def test_hf_to_ours_to_hf(family, models, tmp_path):
     assert_is_the_model(tmp_path / "back", weights, expected)
 
 
+@sample(1)
 @EVERY_FAMILY
 def test_hf_to_layer_shards_to_ours_to_hf(family, models, tmp_path, capsys):
     folder, weights, expected = models[family]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.checkpoints import killed_at, same_bytes
 from support.conversions import NUM_LAYERS, from_hf, make_hf, to_hf, write_stages
+from support.tiers import sample
 
 from checkpoint.model_folder import ModelFolder
 
@@ -22,6 +23,7 @@ def contents(folder):
     return {name: opened.read(name).clone() for name in opened.names()}
 
 
+@sample(1)
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_conversion_continues_where_it_was_and_says_so(case, model, tmp_path, capsys):
     convert, more = CASES[case]

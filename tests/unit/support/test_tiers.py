@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.ranks import REPOSITORY
-from support.tiers import SEED_VARIABLE, TIER_VARIABLE, TIERS, drawn, is_in, left_out, num_examples
+from support.tiers import SEED_VARIABLE, TIER_VARIABLE, TIERS, drawn, full, is_in, left_out, num_examples
 
 CASES = [{"phase": phase, "victim": victim} for phase in ("loading", "backward", "saving") for victim in range(4)]
 
@@ -61,6 +61,7 @@ def test_a_quick_loop_goes_over_some_in_their_order_and_another_key_over_others(
     assert drawn([3, 1], 5) == [3, 1]
 
 
+@full
 def test_pytest_runs_what_the_tier_says_prints_the_seed_and_repeats_it(tmp_path: Path) -> None:
     """On a matrix of the faults, which is collected and not run."""
 

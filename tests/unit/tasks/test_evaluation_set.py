@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.packing import EOS, ListedDocument, answered, letters, make_encoder, text
 from support.ranks import SHARED
+from support.tiers import full
 from tokenizers import Tokenizer
 
 from modules.lm_ops import IGNORED_TARGET
@@ -197,6 +198,7 @@ def test_rows_of_labels_are_no_longer_than_their_text_until_they_are_asked_for()
     assert {row.planes.shape for row in rows} == {(3, 52)}
 
 
+@full
 @pytest.mark.skipif(not MNLI.exists(), reason="needs the shared data")
 def test_the_tokens_of_mnli_are_all_there() -> None:
     """9,815 rows of 453,044 ids, of which each row's first is no target; ' entailment' is two tokens, the others one."""

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from support.ranks import REPOSITORY
+from support.tiers import full
 
 # Documents of 40 to 160 bytes; half of the tokens come from a plain file, half from a compressed one, which goes through its three
 # windows and begins again. 18,000 sequences kept alive by mistake would take 46 MB.
@@ -40,6 +41,7 @@ print(rss[20_000] - rss[2_000])
 """
 
 
+@full
 def test_memory_after_20000_sequences_is_that_after_2000(tmp_path: Path) -> None:
     """In a process of its own, since other tests' memory comes and goes."""
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]

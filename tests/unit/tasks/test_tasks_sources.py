@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import zstandard
 from support.ranks import SHARED
+from support.tiers import sample
 
 import tasks.lines
 import tasks.order
@@ -311,6 +312,7 @@ def test_a_gz_with_a_flipped_bit_is_an_error(tmp_path: Path) -> None:
         in_order(opened(str(put(tmp_path / "a.jsonl.gz", bytes(content)))))
 
 
+@sample(1)
 @pytest.mark.parametrize("packing", PACKERS)
 @pytest.mark.parametrize("ending", [".jsonl", ".csv"])
 def test_a_record_of_50_mb_is_bad_and_can_be_skipped(tmp_path: Path, ending: str, packing: str) -> None:

@@ -119,7 +119,7 @@ def predict(
     return predict_stages(config, model, cut, in_flight_of(config, asked_extra_warmup(config)), device)
 
 
-@sample(1)
+@full
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_prediction_is_within_15_percent_of_what_a_run_takes(kind: str) -> None:
     if "lora" in kind:
