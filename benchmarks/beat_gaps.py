@@ -41,7 +41,9 @@ class Gaps:
             if before is None:
                 return
             kind = re.sub(r"\d+", "N", doing)
-            by_kind = self.longest.setdefault(who, {"s": 0.0, "before": "", "after": "", "by_kind": {}})
+            by_kind = self.longest.setdefault(
+                who, {"s": 0.0, "before": "", "after": "", "by_kind": {}}
+            )
             seconds = now - before
             by_kind["by_kind"][kind] = max(seconds, by_kind["by_kind"].get(kind, 0.0))
             if seconds <= by_kind["s"]:

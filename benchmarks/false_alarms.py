@@ -64,7 +64,9 @@ def plan(options: argparse.Namespace) -> list[Run]:
     bounded = {k: v for k, v in vars(short).items() if k not in OF_PROGRESS}
     slow_s = 1.1 * max(s for name, s in bounded.items() if name != "answer_s")
     return [
-        Run(number=n, deadlines=short, slow_s=slow_s) if n % 2 else Run(number=n, deadlines=DEADLINES, slow_s=None)
+        Run(number=n, deadlines=short, slow_s=slow_s)
+        if n % 2
+        else Run(number=n, deadlines=DEADLINES, slow_s=None)
         for n in range(options.runs)
     ]
 

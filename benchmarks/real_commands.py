@@ -66,11 +66,15 @@ def run_ranks(
         if beat_gaps:
             gap_files = [logs / f"{name}.rank{rank}.gaps.json" for rank in range(num_ranks)]
             wrapper = str(REPOSITORY / "benchmarks" / "beat_gaps.py")
-            commands = [[wrapper, str(file), *c] for file, c in zip(gap_files, commands, strict=True)]
+            commands = [
+                [wrapper, str(file), *c] for file, c in zip(gap_files, commands, strict=True)
+            ]
     ran = _watch(commands, logs, name)
     ran.beat_gaps = [json.loads(file.read_text()) for file in gap_files if file.exists()]
     if any(ran.statuses):
-        raise Broken(f"{ran.command} ended with {ran.statuses}:\n" + _ends(logs, name, len(commands)))
+        raise Broken(
+            f"{ran.command} ended with {ran.statuses}:\n" + _ends(logs, name, len(commands))
+        )
     return ran
 
 
@@ -94,7 +98,11 @@ def _watch(commands: Sequence[Sequence[str]], logs: Path, name: str) -> Ran:
         for command, file in zip(commands, files, strict=True):
             with file.open("wb") as output:
                 whole = [sys.executable, "-u", *command]
-                processes.append(subprocess.Popen(whole, stdout=output, stderr=output, env=environment, cwd=REPOSITORY))
+                processes.append(
+                    subprocess.Popen(
+                        whole, stdout=output, stderr=output, env=environment, cwd=REPOSITORY
+                    )
+                )
         _wait(processes, files, ran, name, began)
     finally:
         for process in processes:
@@ -154,12 +162,16 @@ def _peak_resident(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return next(
+        (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0
+    )
 
 
 def _ends(logs: Path, name: str, num: int) -> str:
     return "\n".join(
-        f"--- rank {k}\n" + "\n".join((logs / f"{name}.rank{k}.txt").read_text(errors="replace").splitlines()[-25:]) for k in range(num)
+        f"--- rank {k}\n"
+        + "\n".join((logs / f"{name}.rank{k}.txt").read_text(errors="replace").splitlines()[-25:])
+        for k in range(num)
     )
 
 
@@ -168,7 +180,9 @@ def predicted_memory(values: Mapping[str, Any]) -> list[int]:
     argv = [sys.executable, "-m", "training.memory", "--json", *flags_of(values)]
     done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Broken(f"python -m training.memory ended with {done.returncode}: {done.stderr[-2000:]}")
+        raise Broken(
+            f"python -m training.memory ended with {done.returncode}: {done.stderr[-2000:]}"
+        )
     return [stage["total"] for stage in json.loads(done.stdout)["stages"]]
 
 
@@ -197,5 +211,9 @@ def processor() -> dict[str, str]:
     except OSError:
         return {}
     wanted = ("model name", "cpu family", "model")
-    found = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in reversed(lines) if ":" in line}
+    found = {
+        line.split(":")[0].strip(): line.split(":", 1)[1].strip()
+        for line in reversed(lines)
+        if ":" in line
+    }
     return {name: found[name] for name in wanted if name in found}

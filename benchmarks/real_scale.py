@@ -88,7 +88,9 @@ class Said:
         self._done += num_bytes
         if self._done - self._said >= SAY_EVERY_BYTES:
             self._said = self._done
-            print(f"[{self._what}] {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB", flush=True)
+            print(
+                f"[{self._what}] {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB", flush=True
+            )
 
     @property
     def seconds(self) -> float:
@@ -123,7 +125,9 @@ class RealScale:
             "full": self.full_flags(folder),
         }.items():
             self.tables[name] = memory_table(flags)
-            print(f"[memory] {name}, {self.options.stages} stages:\n{self.tables[name]}", flush=True)
+            print(
+                f"[memory] {name}, {self.options.stages} stages:\n{self.tables[name]}", flush=True
+            )
 
     def convert(self) -> None:
         """To layers, compared with the source; and back, compared with what was drawn."""
@@ -143,7 +147,9 @@ class RealScale:
         said = Said("make weights", self.num_bytes)
         make_model(source, self.config, self.options.seed, progress=said)
         write_tokenizer(source, self.data, self.options.tokenizer, self.config["vocab_size"])
-        self.rows.append({"part": "make weights", "seconds": said.seconds, "gb": self.num_bytes / 1e9})
+        self.rows.append(
+            {"part": "make weights", "seconds": said.seconds, "gb": self.num_bytes / 1e9}
+        )
         flags = {"model_name": source, "save_dir": self.folder / "converted"}
         ran = run_ranks(f"convert_from_hf_{SCRIPTS[self.kind]}.py", flags, self.logs, "convert")
         (made,) = (self.folder / "converted").iterdir()
@@ -191,7 +197,9 @@ class RealScale:
         }
         how = {"num_ranks": self.options.stages, "beat_gaps": self.options.beat_gaps}
         ran = run_ranks("dist_clm_eval.py", flags, self.logs, "evaluate", **how)
-        self._row("evaluate", ran, results=json.loads((self.folder / "evaluation.json").read_text()))
+        self._row(
+            "evaluate", ran, results=json.loads((self.folder / "evaluation.json").read_text())
+        )
 
     def back(self) -> None:
         """Plain Hugging Face folders of what was trained."""
@@ -201,11 +209,21 @@ class RealScale:
             if not (self.folder / name).exists():
                 continue
             newest = self._newest(name)
-            merging = {"ckpt_path": self._layers(), "merge_adapter": newest} if name == "lora" else {"ckpt_path": newest}
+            merging = (
+                {"ckpt_path": self._layers(), "merge_adapter": newest}
+                if name == "lora"
+                else {"ckpt_path": newest}
+            )
             flags = {**merging, "save_path": target}
-            ran = run_ranks(f"convert_to_hf_{SCRIPTS[self.kind]}.py", flags, self.logs, f"back {name}")
-            expected = weights_of(self.config, self.options.seed) if name == "lora" else weights_in(newest)
-            found = self._compared(expected, target, f"back {name}", adapter=newest if name == "lora" else None)
+            ran = run_ranks(
+                f"convert_to_hf_{SCRIPTS[self.kind]}.py", flags, self.logs, f"back {name}"
+            )
+            expected = (
+                weights_of(self.config, self.options.seed) if name == "lora" else weights_in(newest)
+            )
+            found = self._compared(
+                expected, target, f"back {name}", adapter=newest if name == "lora" else None
+            )
             self._row(f"back {name}", ran, compared=found)
             shutil.rmtree(target)
 
@@ -260,10 +278,14 @@ class RealScale:
         steps = [path for path in (self.folder / name).iterdir() if path.name.isdigit()]
         return max(steps, key=lambda path: int(path.name))
 
-    def _train(self, name: str, flags: Mapping[str, Any], stages: int, *, part: str | None = None) -> None:
+    def _train(
+        self, name: str, flags: Mapping[str, Any], stages: int, *, part: str | None = None
+    ) -> None:
         part = part or name
         predicted = predicted_memory(flags)
-        check_memory(sum(predicted) + stages * PROCESS_BYTES, f"the part {part} with {stages} stages")
+        check_memory(
+            sum(predicted) + stages * PROCESS_BYTES, f"the part {part} with {stages} stages"
+        )
         log = self.folder / name / "train_log.jsonl"
         before = len(log.read_text().splitlines()) if log.exists() else 0
         with busy_cores(self.options.busy_cores):
@@ -296,7 +318,12 @@ class RealScale:
 def write_texts(file: Path) -> None:
     """The project's own pages, a paragraph each."""
     pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-    texts = [text for page in pages for text in page.read_text(encoding="utf-8").split("\n## ") if len(text) > 2000]
+    texts = [
+        text
+        for page in pages
+        for text in page.read_text(encoding="utf-8").split("\n## ")
+        if len(text) > 2000
+    ]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
@@ -328,14 +355,21 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
             )
         )
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=sorted(MODELS), required=True)
-    parser.add_argument("--parts", default="memory,convert", help=f"with commas, of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--parts", default="memory,convert", help=f"with commas, of {', '.join(PARTS)}"
+    )
     parser.add_argument("--output", type=Path, default=Path("real_scale.json"))
     parser.add_argument(
         "--folder",
@@ -344,16 +378,26 @@ def parse() -> argparse.Namespace:
         help="for everything on disk",
     )
     parser.add_argument("--keep", action="store_true", help="leave the folder there")
-    parser.add_argument("--tokenizer", type=Path, help="a folder with its files; left out: a small one is trained")
-    parser.add_argument("--optimizer", choices=("adam", "8bit-adam"), default="adam", help="of the part full")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a folder with its files; left out: a small one is trained"
+    )
+    parser.add_argument(
+        "--optimizer", choices=("adam", "8bit-adam"), default="adam", help="of the part full"
+    )
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--resume-stages", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2, help="before the resume, which takes one more")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="before the resume, which takes one more"
+    )
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2, help="in micro-batches of 1")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--beat-gaps", action="store_true", help="measure the times between heartbeats")
-    parser.add_argument("--busy-cores", type=int, default=0, help="processes that load the machine while it trains")
+    parser.add_argument(
+        "--beat-gaps", action="store_true", help="measure the times between heartbeats"
+    )
+    parser.add_argument(
+        "--busy-cores", type=int, default=0, help="processes that load the machine while it trains"
+    )
     options = parser.parse_args()
     options.parts = options.parts.split(",")
     unknown = set(options.parts) - set(PARTS)
@@ -380,14 +424,19 @@ def main() -> int:
     """The exit status: 0 if every command ended with 0 and everything came back as it went in."""
     options = parse()
     torch.set_num_threads(1)  # comparing: threads that wait for each other lose on a busy machine
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the ranks, too
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # ends the ranks, too
     folder = options.folder / options.model
     folder.mkdir(parents=True, exist_ok=True)
     before = {**machine(), "processor": processor()}
     real = RealScale(options, folder)
 
     def write(error: str) -> None:
-        asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        asked = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+        }
         report = {
             "benchmark": "real_scale",
             "options": asked,

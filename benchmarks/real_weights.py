@@ -54,7 +54,9 @@ def _gptj(**sizes: int) -> dict[str, Any]:
     }
 
 
-def _neox(width: int, layers: int, heads: int, vocab: int, activation: str = "gelu") -> dict[str, Any]:
+def _neox(
+    width: int, layers: int, heads: int, vocab: int, activation: str = "gelu"
+) -> dict[str, Any]:
     return {
         "model_type": "gpt_neox",
         "architectures": ["GPTNeoXForCausalLM"],
@@ -91,10 +93,17 @@ MODELS: dict[str, dict[str, Any]] = {
 def weights_of(config: Mapping[str, Any], seed: int) -> dict[str, TensorSource]:
     """All weights in fp16, by Hugging Face names, in model order. Each is drawn when it is read."""
     model = read_model_config(config)
-    shapes = {name: p.shape for name, p in meta_stage(model, 0, model.num_layers).named_parameters()}
+    shapes = {
+        name: p.shape for name, p in meta_stage(model, 0, model.num_layers).named_parameters()
+    }
     names = in_model_order(shapes, model.num_layers)
     dtype = torch.float16
-    return {n: TensorSource(name=n, dtype=dtype, shape=shapes[n], read=partial(drawn, n, shapes[n], seed)) for n in names}
+    return {
+        n: TensorSource(
+            name=n, dtype=dtype, shape=shapes[n], read=partial(drawn, n, shapes[n], seed)
+        )
+        for n in names
+    }
 
 
 def drawn(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -104,7 +113,9 @@ def drawn(name: str, shape: torch.Size, seed: int) -> Tensor:
     is_scale = len(shape) == 1 and name.endswith("weight")
     result = torch.empty(shape, dtype=torch.float16)
     for part in result.view(-1).split(_BLOCK):
-        part.copy_(torch.empty(part.shape).normal_(1.0 if is_scale else 0.0, STD, generator=generator))
+        part.copy_(
+            torch.empty(part.shape).normal_(1.0 if is_scale else 0.0, STD, generator=generator)
+        )
     return result
 
 
@@ -125,7 +136,10 @@ def make_model(
     folder.mkdir(parents=True)
     sources = weights_of(config, seed)
     shards = cut_into_shards(list(sources.values()), max_shard_bytes)
-    names = {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, start=1)}
+    names = {
+        f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard
+        for k, shard in enumerate(shards, start=1)
+    }
     for file, shard in names.items():
         write_tensor_file(folder / file, shard, relative_to=folder, progress=progress)
     weight_map = {source.name: file for file, shard in names.items() for source in shard}
@@ -147,7 +161,11 @@ class Comparison:
         """Such as ``285 tensors equal``."""
         if self.differing:
             return f"{len(self.differing)} TENSORS DIFFER: {'; '.join(self.differing[:3])}"
-        merged = f", {self.num_merged} merged as W + s BA ({self.changed:.0%} of values moved)" if self.num_merged else ""
+        merged = (
+            f", {self.num_merged} merged as W + s BA ({self.changed:.0%} of values moved)"
+            if self.num_merged
+            else ""
+        )
         return f"{self.num_equal} tensors equal{merged}"
 
 
@@ -179,7 +197,9 @@ def compare(
             differing.append(f"{name}: {fault}")
         progress(expected[name].num_bytes)
     if touched.keys() - expected.keys():
-        differing.append(f"the adapter touches {sorted(touched.keys() - expected.keys())[0]}, which is no weight")
+        differing.append(
+            f"the adapter touches {sorted(touched.keys() - expected.keys())[0]}, which is no weight"
+        )
     num_merged = len(touched)
     num_equal = len(expected.keys() & seen.keys()) - num_merged - len(differing)
     return Comparison(
@@ -209,7 +229,9 @@ def _fault_of(expected: TensorSource, seen: TensorSource) -> str:
     return f"{num_wrong} values differ" if num_wrong else ""
 
 
-def _fault_of_merged(base: TensorSource, seen: TensorSource, pair: tuple[Tensor, Tensor], scaling: float) -> tuple[str, int]:
+def _fault_of_merged(
+    base: TensorSource, seen: TensorSource, pair: tuple[Tensor, Tensor], scaling: float
+) -> tuple[str, int]:
     """What is wrong, '' for nothing, and how many values are not the base's. In float64."""
     if (base.dtype, base.shape) != (seen.dtype, seen.shape):
         return f"{base.dtype} {tuple(base.shape)} became {seen.dtype} {tuple(seen.shape)}", 0
@@ -219,7 +241,9 @@ def _fault_of_merged(base: TensorSource, seen: TensorSource, pair: tuple[Tensor,
     num_wrong = num_moved = 0
     for w, merged, of_b in zip(before.split(rows), after.split(rows), b.split(rows), strict=True):
         exact = w.double() + scaling * (of_b @ a)
-        half_a_place = exact.abs() * 2.0**-11 + 2.0**-25  # fp16: 11 bits, and the spacing of its smallest numbers
+        half_a_place = (
+            exact.abs() * 2.0**-11 + 2.0**-25
+        )  # fp16: 11 bits, and the spacing of its smallest numbers
         num_wrong += int(((merged.double() - exact).abs() > 1.001 * half_a_place + 1e-9).sum())
         num_moved += int((merged != w).sum())
         seen.release(merged)
@@ -250,7 +274,9 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
     """Raises UserError where the disk of ``folder`` has less than ``needed`` bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{what} takes {needed / 1e9:.1f} GB of disk at most, and {folder} has {free / 1e9:.1f} GB. Give another --folder")
+        raise UserError(
+            f"{what} takes {needed / 1e9:.1f} GB of disk at most, and {folder} has {free / 1e9:.1f} GB. Give another --folder"
+        )
 
 
 def check_memory(needed: int, what: str, available: int | None = None) -> None:

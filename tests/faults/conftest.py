@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 from support.ranks import free_port
 
-STEPS = 20
-
 
 @pytest.fixture
 def flags(model_folder: Path, tasks: list[Path], tmp_path: Path) -> dict[str, Any]:
@@ -18,7 +16,7 @@ def flags(model_folder: Path, tasks: list[Path], tmp_path: Path) -> dict[str, An
         "seq_length": 32,
         "batch_size": 4,
         "micro_batch_size": 2,
-        "total_steps": STEPS,
+        "total_steps": 20,
         "checkpoint_steps": 3,
         "pipeline_group_size": 2,
         "data_group_size": 2,

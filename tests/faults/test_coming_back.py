@@ -22,8 +22,6 @@ from support.tiers import full, sample
 from comms.connections import Connections
 from pipeline_parallel.engine import PipelineEngine
 
-STEPS = 20
-
 
 @sample(1)
 @pytest.mark.parametrize(

@@ -69,7 +69,9 @@ def train(stages: int = 1, replicas: int = 1, **flags: Any) -> Step:
         "logging_steps": 1,
     }
     grid = {"pipeline_group_size": stages, "data_group_size": replicas}
-    return Step(script="dist_clm_train", flags={**common, **grid, **flags}, world_size=stages * replicas)
+    return Step(
+        script="dist_clm_train", flags={**common, **grid, **flags}, world_size=stages * replicas
+    )
 
 
 def evaluate(stages: int = 1, replicas: int = 1, **flags: Any) -> Step:
@@ -110,7 +112,9 @@ RUNS: dict[str, list[Step]] = {
     "fp16": [train(2, fp16="true")],
     "fp16 fixed scale": [train(1, fp16="true", loss_scale=128.0)],
     "8-bit adam": [train(2, optimizer="8bit-adam")],
-    "bf16 8-bit adam offload": [train(2, bf16="true", optimizer="8bit-adam", optimizer_offload="cpu")],
+    "bf16 8-bit adam offload": [
+        train(2, bf16="true", optimizer="8bit-adam", optimizer_offload="cpu")
+    ],
     "curves": [train(1, lr_schedule="cosine", min_lr=1e-4, weight_decay=0.1, clip_grad_norm=0.05)],
     "wire bf16": [train(2, wire_dtype="bf16")],
     "wire int8": [train(2, wire_dtype="int8", wire_dtype_grad="fp16")],
@@ -119,12 +123,16 @@ RUNS: dict[str, list[Step]] = {
     "lora": [train(2, train="lora", lora_dropout=0.1)],
     "lora on int8": [train(2, train="lora", base_quantization="int8", quantize_ends="true")],
     "lora on nf4": [train(2, train="lora", base_quantization="nf4", bf16="true")],
-    "lora of some linears, bf16": [train(2, 2, train="lora", lora_target_modules="q_proj,v_proj", bf16="true")],
+    "lora of some linears, bf16": [
+        train(2, 2, train="lora", lora_target_modules="q_proj,v_proj", bf16="true")
+    ],
     "layernorms": [train(2, train="layernorm", model_name="gptneox")],
     # data
     "concat": [train(1, packing="concat", packing_group=20)],
     "one document a sequence": [train(2, packing="none", long_documents="truncate")],
-    "completions": [train(1, task_name="pairs.jsonl:2,classification=labels.csv:1", loss_on="completion")],
+    "completions": [
+        train(1, task_name="pairs.jsonl:2,classification=labels.csv:1", loss_on="completion")
+    ],
     "read forwards": [train(1, task_name="a.jsonl.gz", shuffle_window=16)],
     "epochs": [train(1, total_steps=None, num_train_epochs=1, checkpoint_steps=0, seq_length=64)],
     # resumes
@@ -145,7 +153,11 @@ RUNS: dict[str, list[Step]] = {
     "resume an older step": [train(2, async_checkpoint="false"), train(1, resume=2, total_steps=6)],
     "keep few": [train(2, keep_checkpoints=1, checkpoint_steps=1)],
     # evaluation
-    "evaluations while training": [train(2, evaluation_data="a.jsonl", evaluation_steps=2, keep_best="true", max_eval_samples=9)],
+    "evaluations while training": [
+        train(
+            2, evaluation_data="a.jsonl", evaluation_steps=2, keep_best="true", max_eval_samples=9
+        )
+    ],
     "accuracy while training": [
         train(
             2,
@@ -187,7 +199,12 @@ RUNS: dict[str, list[Step]] = {
     ],
     "gptneox there and back": [
         convert("convert_from_hf_gptneox", model_name="gptneox", save_dir="cut"),
-        convert("convert_to_hf_gptneox", ckpt_path="cut/gptneox", save_path="back", max_shard_size="50KB"),
+        convert(
+            "convert_to_hf_gptneox",
+            ckpt_path="cut/gptneox",
+            save_path="back",
+            max_shard_size="50KB",
+        ),
     ],
     "legacy layout": [
         convert("convert_from_hf_gptj", model_name="gptj", save_dir="cut", legacy_layout=True),
@@ -202,11 +219,17 @@ RUNS: dict[str, list[Step]] = {
     "no such model": [train(1, model_name="nowhere")],
     "no such data": [train(2, task_name="nowhere.jsonl")],
     "cut that leaves layers out": [train(2, num_layers=1)],
-    "ranks that differ": [Step(script="dist_clm_train", flags=train(2).flags, world_size=2, per_rank={1: {"lr": 2e-3}})],
+    "ranks that differ": [
+        Step(
+            script="dist_clm_train", flags=train(2).flags, world_size=2, per_rank={1: {"lr": 2e-3}}
+        )
+    ],
     "over before it began": [train(2, max_seconds=0.001)],
     "resume of other data": [train(1), train(1, seed=1, total_steps=8)],
     "evaluation of nothing": [evaluate(evaluation_data="nowhere.jsonl", metric="perplexity")],
-    "conversion of the other family": [convert("convert_from_hf_gptneox", model_name="gptj", save_dir="cut")],
+    "conversion of the other family": [
+        convert("convert_from_hf_gptneox", model_name="gptj", save_dir="cut")
+    ],
 }
 
 
@@ -260,7 +283,9 @@ def _child(tree: Path, script: str, argv: Sequence[str], output: Path) -> None:
     status = 99
     try:
         module = importlib.import_module(script)
-        assert str(module.__file__).startswith(f"{tree}{os.sep}"), f"{module.__file__} is not of {tree}"
+        assert str(module.__file__).startswith(f"{tree}{os.sep}"), (
+            f"{module.__file__} is not of {tree}"
+        )
         convert_family = script.rsplit("_", 1)[1]
         status = module.main(convert_family, argv) if "convert" in script else module.main(argv)
     except SystemExit as left:
@@ -394,7 +419,9 @@ def against(commit: str, only: str) -> list[str]:
             record_in(REPOSITORY, Path(root) / "after.json", only)
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
-        return list(differences(*(_read(Path(root) / name) for name in ("before.json", "after.json"))))
+        return list(
+            differences(*(_read(Path(root) / name) for name in ("before.json", "after.json")))
+        )
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -18,7 +18,9 @@ SEED_VARIABLE, TIER_VARIABLE = "TEST_SAMPLE_SEED", "TEST_TIER"
 QUICK, REST, ALL = TIERS = ("quick", "rest", "all")
 QUICK_EXAMPLES = 30  # of a fuzz test
 full = pytest.mark.full  # in make test-all alone
-partly = pytest.mark.partly  # make test tries some of what it loops over, see drawn() and num_examples()
+partly = (
+    pytest.mark.partly
+)  # make test tries some of what it loops over, see drawn() and num_examples()
 
 
 def seed_of_commit() -> int:
@@ -41,12 +43,18 @@ def left_out(cases: Sequence[Mapping[str, Any]], keep: int, by: str | None, key:
     groups: dict[str, list[int]] = {}
     for number, values in enumerate(cases):
         groups.setdefault("" if by is None else str(values[by]), []).append(number)
-    seed = os.environ.get(SEED_VARIABLE, "0")
-    chosen: set[int] = set()
-    for group, numbers in groups.items():
-        draw = random.Random(f"{seed} {key} {group} {len(numbers)}")
-        chosen |= set(draw.sample(numbers, min(keep, len(numbers))))
+    chosen = {
+        number
+        for group, numbers in groups.items()
+        for number in _draw(numbers, keep, f"{key} {group}")
+    }
     return [number for number in range(len(cases)) if number not in chosen]
+
+
+def _draw(items: Sequence[int], keep: int, key: str) -> list[int]:
+    """``keep`` of ``items``, or all where there are no more, by the seed and ``key``."""
+    generator = random.Random(f"{os.environ.get(SEED_VARIABLE, '0')} {key} {len(items)}")
+    return generator.sample(items, min(keep, len(items)))
 
 
 def mark_what_is_left_out(items: Sequence[pytest.Function]) -> None:
@@ -68,8 +76,7 @@ def drawn(items: Iterable[Any], keep: int, *, key: str = "") -> list[Any]:
     items = list(items)
     if os.environ.get(TIER_VARIABLE) != QUICK or len(items) <= keep:
         return items
-    draw = random.Random(f"{os.environ.get(SEED_VARIABLE, '0')} {key} {len(items)}")
-    return [items[number] for number in sorted(draw.sample(range(len(items)), keep))]
+    return [items[number] for number in sorted(_draw(range(len(items)), keep, key))]
 
 
 def num_examples(of_all: int) -> int:
